@@ -1,0 +1,1 @@
+"""Composable function transforms for PyTorch as passes over FX graphs."""
