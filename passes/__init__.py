@@ -1,4 +1,4 @@
 """Graph to graph: derivatives, batching, algebra; knows nothing of backends."""
 
 if __name__ != "fxfunc.passes":
-    raise ImportError(f"import this package as fxfunc.passes, not as {__name__}: a second copy would have tables of its own")
+    raise ImportError(f"import fxfunc.passes, not {__name__}: a second copy would hold tables of its own")
