@@ -12,7 +12,7 @@ usage() { # prints the calling script's leading comment
     sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
 }
 
-_find_python() { # the first interpreter of 3.11 or newer
+find_python() { # the first interpreter of 3.11 or newer
     local candidate
     for candidate in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -26,7 +26,7 @@ _find_python() { # the first interpreter of 3.11 or newer
 _make_venv() { # .venv in the checkout, whole or not at all
     local base
     [ -x "$root/.venv/bin/pip" ] && return
-    base=$(_find_python)
+    base=$(find_python)
     rm -rf "$root/.venv"
     "$base" -m venv "$root/.venv" || {
         rm -rf "$root/.venv"
