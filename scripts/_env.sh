@@ -25,7 +25,7 @@ find_python() { # the first interpreter of 3.11 or newer
 
 _make_venv() { # .venv in the checkout, whole or not at all
     local base
-    [ -x "$root/.venv/bin/pip" ] && return
+    "$root/.venv/bin/python" -c "import pip" 2>/dev/null && return
     base=$(find_python)
     rm -rf "$root/.venv"
     "$base" -m venv "$root/.venv" || {
