@@ -1,0 +1,74 @@
+"""Making region nodes in normal form. Entry points: `emit_map` and `emit_scan`.
+
+Whatever in a body depends on no mapped (or looped) input is computed outside, so every value inside a map depends on the
+mapped axis: a residual of a map is always stacked for a reason, and cotangents of invariants are never broadcast.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .dims import Size
+from .graph import Graph, cone, extract, is_random, map_, reached, scan
+from .record import Builder, Value, aten
+
+
+def emit_map(b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error") -> list[Value]:
+    """The results of mapping a body, in order."""
+    starts = [n for n, m in zip(body.inputs, mapped, strict=True) if m]
+    varying = _varying(body, starts, randomness == "different")
+    outside = _invariants(b, body, operands, varying)
+    inside = [i for i, n in enumerate(body.outputs) if n in varying]
+    values = {}
+    if inside:
+        inner, inputs = _inner(body, varying, starts, [body.outputs[i] for i in inside])
+        given = dict(zip(body.inputs, operands, strict=True)) | outside
+        flags = tuple(n in varying for n in inputs)
+        values = b.emit(map_, (inner, tuple(given[n] for n in inputs)),
+                        {"length": length, "mapped": flags, "outs": tuple(outs[i] for i in inside), "randomness": randomness})
+        values = dict(zip(inside, values, strict=True))
+    for i, n in enumerate(body.outputs):
+        if n not in varying:
+            values[i] = _repeated(outside[n], outs[i], length)
+    return [values[i] for i in range(len(outs))]
+
+
+def _repeated(value: Value, kind: str, length: Size) -> Value:
+    """An invariant output of a map: stacked or summed over the axis."""
+    return value.expand([length, *value.shape]) if kind == "stack" else value.call(aten.mul.Tensor, length)
+
+
+def emit_scan(b: Builder, body: Graph, consts, carry, xs, length: Size, reverse: bool = False) -> list[Value]:
+    """The results of a scan: carry, then stacked ys."""
+    n, m = len(consts), len(carry)
+    varying = _varying(body, body.inputs[n:], True)
+    outside = _invariants(b, body, [*consts, *carry, *xs], varying)
+    inside = [i for i, out in enumerate(body.outputs) if i < m or out in varying]
+    outputs = [body.outputs[i] for i in inside]
+    inner, inputs = _inner(body, varying, body.inputs[n + m:], outputs, always=body.inputs[n : n + m])
+    given = dict(zip(body.inputs, [*consts, *carry, *xs], strict=True)) | outside
+    split = [[given[i] for i in inputs if i not in varying], carry, [given[i] for i in inputs if i in body.inputs[n + m:]]]
+    values = iter(b.emit(scan, (inner, *map(tuple, split)), {"length": length, "reverse": reverse}))
+    return [next(values) if i in inside else _repeated(outside[out], "stack", length) for i, out in enumerate(body.outputs)]
+
+
+def _varying(body: Graph, starts, random_varies: bool) -> set[Node]:
+    draws = [n for n in body.nodes if is_random(n)] if random_varies else []
+    return reached(body.nodes, [*starts, *draws])
+
+
+def _invariants(b: Builder, body: Graph, operands, varying) -> dict[Node, Value]:
+    """Emit what does not vary; the values by node."""
+    env = dict(zip(body.inputs, operands, strict=True))
+    calls = [n for n in body.nodes if n not in varying]
+    b.run(calls, env)
+    return {n: env[n] for n in [*body.inputs, *calls] if n not in varying}
+
+
+def _inner(body: Graph, varying, starts, outputs, always=()) -> tuple[Graph, list[Node]]:
+    """The varying part of a body and the nodes its inputs stand for: invariants, `always`, then the used starts."""
+    copied = cone(outputs, {n for n in [*body.inputs, *body.nodes] if n not in varying} | set(body.inputs))
+    used = {m for n in copied for m in n.all_input_nodes} | set(outputs)
+    frontier = [n for n in [*body.inputs, *body.nodes] if n in used and n not in varying]
+    inputs = [*frontier, *always, *(n for n in starts if n in used)]
+    return extract(inputs, outputs), inputs

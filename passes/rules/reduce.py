@@ -1,0 +1,166 @@
+"""Reductions, cumulative ops and softmax."""
+
+from __future__ import annotations
+
+from ..dims import numel
+from ..record import aten
+from .batching import along, full_reduction, reduction
+from .table import composite, linear, rule, zero
+
+
+def dims_of(a, dims) -> list[int]:
+    """Reduced dims as positive ints; none given means all."""
+    if isinstance(dims, int):
+        dims = [dims]
+    return sorted(d % a.ndim for d in dims) if dims and a.ndim else list(range(a.ndim))
+
+
+def kept(x, a, dims, keepdim: bool):
+    """`x`, reduced over dims of `a`, with these dims back as size 1."""
+    dims = dims_of(a, dims)
+    return x if keepdim else x.reshape([1 if i in dims else s for i, s in enumerate(a.shape)])
+
+
+def _unreduce(ct, a, dims=None, keepdim=False, dtype=None):
+    return kept(ct, a, dims, keepdim).expand(a.shape)
+
+
+linear(aten.sum.dim_IntList, _unreduce, batch=reduction)
+composite(aten.sum.default, lambda a, dtype=None: a.to(dtype or _summed(a)).call(aten.sum.dim_IntList, list(range(a.ndim))))
+
+
+def _summed(a):
+    """The dtype torch sums in: ints and bools as int64."""
+    import torch
+
+    return a.dtype if a.dtype.is_floating_point or a.dtype.is_complex else torch.int64
+
+
+def _count(a, dims):
+    return numel(a.shape[d] for d in dims_of(a, dims))
+
+
+def _mean(a, dims=None, keepdim=False, dtype=None):
+    a = a.to(dtype) if dtype else a
+    return a.sum(dims_of(a, dims), keepdim) / _count(a, dims)
+
+
+composite(aten.mean.dim, _mean)
+composite(aten.mean.default, lambda a, dtype=None: _mean(a, None, False, dtype))
+
+
+def _variance(a, dims, correction, keepdim):
+    centred = a - _mean(a, dims, True)
+    squares = centred * centred.conj()
+    squares = squares.to(_real(a.dtype)) if a.dtype.is_complex else squares
+    return squares.sum(dims_of(a, dims), keepdim) / _at_least_zero(_count(a, dims), 1 if correction is None else correction)
+
+
+def _at_least_zero(count, correction):
+    return max(count - correction, 0) if isinstance(count, int) else count - correction
+
+
+def _real(dtype):
+    import torch
+
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
+
+
+composite(aten.var.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim))
+composite(aten.std.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim).sqrt())
+composite(aten.var_mean.correction, lambda a, dim=None, *, correction=None, keepdim=False: (
+    _variance(a, dim, correction, keepdim), _mean(a, dim, keepdim)))
+
+
+# ----- extrema: ties share, as in torch -------------------------------------------------------------------------------
+
+def _extremum(t, y, a, dims=(), keepdim=False):
+    hit = a.eq(kept(y, a, dims, keepdim))
+    weight = hit.to(a.dtype)
+    weight = weight / weight.sum(dims_of(a, dims), True)
+    return (t * weight).sum(dims_of(a, dims), keepdim)
+
+
+rule(aten.amax.default, jvp=[_extremum], batch=reduction)
+rule(aten.amin.default, jvp=[_extremum], batch=reduction)
+rule(aten.max.default, jvp=[lambda t, y, a: _extremum(t, y, a)], batch=full_reduction(aten.amax.default))
+rule(aten.min.default, jvp=[lambda t, y, a: _extremum(t, y, a)], batch=full_reduction(aten.amin.default))
+
+
+def _picked(t, y, a, dim, keepdim=False, **kwargs):
+    """The tangent at the index that was taken."""
+    index = y[1] if keepdim or not a.ndim else y[1].unsqueeze(dim)
+    picked = t.builder.emit(aten.gather.default, (t, dim, index))
+    return (picked if keepdim or not a.ndim else picked.reshape(y[0].shape), None)
+
+
+for _op in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default):
+    rule(_op, jvp=[_picked], batch=along("dim"))
+rule(aten.kthvalue.default, jvp=[lambda t, y, a, k, dim=-1, keepdim=False: _picked(t, y, a, dim, keepdim)], batch=along("dim"))
+zero(aten.argmax.default, batch=lambda ctx, op, args, kwargs: _arg(ctx, op, args, kwargs))
+zero(aten.argmin.default, batch=lambda ctx, op, args, kwargs: _arg(ctx, op, args, kwargs))
+zero(aten.any.default, batch=full_reduction(aten.any.dims))
+zero(aten.all.default, batch=full_reduction(aten.all.dims))
+zero(aten.any.dim, batch=along("dim"))
+zero(aten.all.dim, batch=along("dim"))
+zero(aten.any.dims, batch=along("dim"))
+zero(aten.all.dims, batch=along("dim"))
+
+
+def _arg(ctx, op, args, kwargs):
+    x, dim = args[0].x, args[1] if len(args) > 1 else None
+    if dim is None:
+        return ctx.b.emit(op, (x.reshape([x.shape[0], -1] if args[0].ndim else [x.shape[0], 1]), 1))
+    return along("dim")(ctx, op, args, kwargs)
+
+
+# ----- softmax --------------------------------------------------------------------------------------------------------
+rule(aten._softmax.default, jvp=[lambda t, y, a, dim, half: y * (t - (y * t).sum([dim], True))], batch=along("dim"))
+rule(aten._log_softmax.default, jvp=[lambda t, y, a, dim, half: t - (y.exp() * t).sum([dim], True)], batch=along("dim"))
+
+
+def _logsumexp(t, y, a, dims, keepdim=False):
+    weight = (a - kept(y, a, dims, keepdim)).exp()
+    return (t * weight).sum(dims_of(a, dims), keepdim)
+
+
+rule(aten.logsumexp.default, jvp=[_logsumexp], batch=along("dim"))
+
+
+# ----- cumulative and products ----------------------------------------------------------------------------------------
+
+def _uncumsum(ct, a, dim, dtype=None):
+    return ct.flip([dim]).cumsum(dim).flip([dim]) if a.ndim else ct
+
+
+linear(aten.cumsum.default, _uncumsum, batch=along("dim"))
+
+
+composite(aten.norm.Scalar, lambda a, p=2: a.call(aten.linalg_vector_norm.default, p))
+composite(aten.norm.ScalarOpt_dim, lambda a, p, dim, keepdim=False: a.call(aten.linalg_vector_norm.default, 2 if p is None else p, dim, keepdim))
+
+
+def _vector_norm(ts, y, a, p=2, dim=None, keepdim=False, *, dtype=None):
+    """Zero at zero for p >= 1, as torch: the subgradient of least norm."""
+    import math
+
+    t, yk = ts[0], kept(y, a, dim, keepdim)
+    if a.dtype.is_complex:
+        from ..errors import MissingRule
+
+        raise MissingRule(op=aten.linalg_vector_norm.default, rule="jvp (complex)")
+    if p == 0:
+        return None
+    if math.isinf(p):
+        hit = a.abs().eq(yk).to(a.dtype)
+        return (t * (a.sgn() * hit / hit.sum(dims_of(a, dim), True))).sum(dims_of(a, dim), keepdim)
+    if p == 1:
+        weight = a.sgn()
+    elif p == 2:
+        weight = yk.eq(0).where(0.0, a / yk)
+    else:
+        weight = (yk.eq(0) | a.eq(0)).where(0.0, a.sgn() * (a.abs() / yk).pow(p - 1))
+    return (t * weight).sum(dims_of(a, dim), keepdim)
+
+
+rule(aten.linalg_vector_norm.default, jvp=_vector_norm, batch=along("dim"))

@@ -1,0 +1,254 @@
+"""Derivatives of regions: each rule gives regions again, their bodies differentiated."""
+
+from __future__ import annotations
+
+from .. import jvp as forward
+from .. import transpose as reverse
+from ..graph import Graph, custom, extract, linear_call, map_, scan
+from ..jvp import Dual, Jvp, instantiate
+from ..linearize import linearize
+from ..record import Builder, Value
+from ..regions import emit_map, emit_scan
+from ..simplify import SIMPLIFY
+from .table import Undefined
+
+
+def differentiate(body: Graph, nonzero, *, reverse_mode: bool) -> tuple[Graph, tuple[bool, ...]]:
+    """The jvp of a body: inputs, then nonzero tangents -> outputs, then nonzero output tangents."""
+    b = Builder(SIMPLIFY)
+    primals = [b.input(n.meta["val"], n.name) for n in body.inputs]
+    tangents = [b.input(n.meta["val"], "t_" + n.name) if z else None for n, z in zip(body.inputs, nonzero, strict=True)]
+    outs, out_tangents = Jvp(b, reverse=reverse_mode, split=False).graph(body, primals, tangents)
+    return b.finish(outs + [t for t in out_tangents if t is not None]), tuple(t is not None for t in out_tangents)
+
+
+def _zip(outs, tangents, nonzero):
+    tangents = iter(tangents)
+    return tuple(Dual(o, next(tangents) if z else None) for o, z in zip(outs, nonzero, strict=True))
+
+
+# ----- map ------------------------------------------------------------------------------------------------------------
+
+def _map_jvp(jvp: Jvp, args, kwargs):
+    body, duals = args
+    nonzero = tuple(d.t is not None for d in duals)
+    primals, tangents = [d.p for d in duals], [d.t for d in duals if d.t is not None]
+    mapped, outs, length, randomness = (kwargs[k] for k in ("mapped", "outs", "length", "randomness"))
+    t_mapped = [m for m, z in zip(mapped, nonzero, strict=True) if z]
+
+    def out_kinds(flags):
+        return [kind for kind, z in zip(outs, flags, strict=True) if z]
+
+    if not jvp.split:
+        both, flags = differentiate(body, nonzero, reverse_mode=jvp.reverse)
+        results = emit_map(jvp.b, both, primals + tangents, [*mapped, *t_mapped], [*outs, *out_kinds(flags)], length, randomness)
+        return _zip(results[: len(outs)], results[len(outs):], flags)
+    cut = linearize(body, nonzero, reverse=jvp.reverse)
+    results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *["stack"] * cut.residuals], length, randomness)
+    residuals, r_mapped = [], []
+    for node, value in zip(cut.primal.outputs[cut.count:], results[cut.count:], strict=True):
+        source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
+        invariant = source is not None and not mapped[source]
+        residuals.append(primals[source] if invariant else value)
+        r_mapped.append(not invariant)
+    out_tangents = emit_map(jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, out_kinds(cut.nonzero_out), length, randomness)
+    return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
+
+
+def _map_transpose(b: Builder, cts, args, kwargs):
+    """A map again: cotangents of stacked outputs are mapped, of sums not; cotangents of unmapped inputs are summed."""
+    body, operands = args
+    mapped, outs = kwargs["mapped"], kwargs["outs"]
+    body, residuals, linear = _linear_last(body, operands)
+    kinds = [mapped[i] for i in residuals]
+    given = [j for j, ct in enumerate(cts) if ct is not None]
+    transposed = _transposed(body, len(residuals), given)
+    wanted = [i for i, n in zip(linear, transposed.outputs, strict=True) if n is not None]
+    results = iter(emit_map(
+        b, _without_none(transposed), [*(operands[i] for i in residuals), *(cts[j] for j in given)],
+        [*kinds, *(outs[j] == "stack" for j in given)], ["stack" if mapped[i] else "sum" for i in wanted],
+        kwargs["length"], kwargs["randomness"]))
+    return [next(results) if i in wanted else None for i in linear]
+
+
+def _linear_last(body: Graph, operands) -> tuple[Graph, list[int], list[int]]:
+    """The body with its linear inputs behind the others, and the positions of both."""
+    linear = [i for i, x in enumerate(operands) if isinstance(x, Undefined)]
+    others = [i for i in range(len(operands)) if i not in linear]
+    return extract([body.inputs[i] for i in others + linear], list(body.outputs)), others, linear
+
+
+def _transposed(body: Graph, residuals: int, given: list[int]) -> Graph:
+    """The graph residuals + cotangents of the `given` outputs -> cotangents of the linear inputs (None where zero)."""
+    b = Builder(SIMPLIFY)
+    values = [b.input(n.meta["val"], n.name) for n in body.inputs[:residuals]]
+    cts: list[Value | None] = [None] * len(body.outputs)
+    for j in given:
+        cts[j] = b.input(body.outputs[j].meta["val"], "ct_" + body.outputs[j].name)
+    return b.finish(reverse.transpose(b, body, values, cts))
+
+
+def _without_none(graph: Graph) -> Graph:
+    return extract(list(graph.inputs), [n for n in graph.outputs if n is not None])
+
+
+# ----- scan -----------------------------------------------------------------------------------------------------------
+
+def _carry_fixpoint(body: Graph, n_consts: int, n_carry: int, nonzero: list[bool], flow) -> list[bool]:
+    """Grow the nonzero carries until the body adds none: a carry may become nonzero in a later step."""
+    nonzero = list(nonzero)
+    while True:
+        out = flow(tuple(nonzero))[:n_carry]
+        grown = [a or z for a, z in zip(nonzero[n_consts : n_consts + n_carry], out, strict=True)]
+        if grown == nonzero[n_consts : n_consts + n_carry]:
+            return nonzero
+        nonzero[n_consts : n_consts + n_carry] = grown
+
+
+def _scan_jvp(jvp: Jvp, args, kwargs):
+    body, consts, carry, xs = args
+    duals = [*consts, *carry, *xs]
+    nc, nk = len(consts), len(carry)
+    start = [d.t is not None for d in duals]
+    if not jvp.split:
+        return _scan_fused(jvp, body, duals, nc, nk, start, kwargs)
+    nonzero = _carry_fixpoint(body, nc, nk, start, lambda z: linearize(body, z, reverse=jvp.reverse).nonzero_out)
+    cut = linearize(body, tuple(nonzero), reverse=jvp.reverse)
+    cut = _with_carry_tangents(cut, nonzero[nc : nc + nk], nc, nk)
+    primals = [d.p for d in duals]
+    results = emit_scan(jvp.b, cut.primal, primals[:nc], primals[nc : nc + nk], primals[nc + nk:], **kwargs)
+    residuals = results[cut.count:]
+    consts_r, xs_r, order = [], [], []
+    for k, (node, value) in enumerate(zip(cut.primal.outputs[cut.count:], residuals, strict=True)):
+        source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
+        invariant = source is not None and source < nc
+        (consts_r if invariant else xs_r).append(primals[source] if invariant else value)
+        order.append((not invariant, k))
+    tangent = [instantiate(d.t, d.p) if z else None for d, z in zip(duals, nonzero, strict=True)]
+    groups = [[t for t in part if t is not None] for part in (tangent[:nc], tangent[nc : nc + nk], tangent[nc + nk:])]
+    r = cut.residuals
+    t_inputs = cut.linear.inputs[r:]
+    a, c = len(groups[0]), len(groups[1])
+    inputs = [cut.linear.inputs[k] for x, k in sorted(order) if not x] + list(t_inputs[: a + c])
+    inputs += [cut.linear.inputs[k] for x, k in sorted(order) if x] + list(t_inputs[a + c:])
+    linear = extract(inputs, list(cut.linear.outputs))
+    out_tangents = emit_scan(jvp.b, linear, consts_r + groups[0], groups[1], xs_r + groups[2], **kwargs)
+    return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
+
+
+def _with_carry_tangents(cut, nonzero_carry, nc, nk):
+    """A carry that enters with a tangent leaves with one, zeros if need be."""
+    if all(o or not z for o, z in zip(cut.nonzero_out, nonzero_carry, strict=False)):
+        return cut
+    import dataclasses
+
+    b = Builder(SIMPLIFY)
+    values = [b.input(n.meta["val"], n.name) for n in cut.linear.inputs]
+    given = iter(b.inline(cut.linear, values))
+    outs, flags = [], []
+    for j, (o, node) in enumerate(zip(cut.nonzero_out, cut.primal.outputs[: cut.count], strict=True)):
+        need = o or (j < nk and nonzero_carry[j])
+        flags.append(need)
+        if need:
+            outs.append(next(given) if o else b.full(node.meta["val"], 0))
+    return dataclasses.replace(cut, linear=b.finish(outs), nonzero_out=tuple(flags))
+
+
+def _scan_fused(jvp: Jvp, body, duals, nc, nk, start, kwargs):
+    nonzero = _carry_fixpoint(body, nc, nk, start, lambda z: differentiate(body, z, reverse_mode=jvp.reverse)[1])
+    both, flags = differentiate(body, tuple(nonzero), reverse_mode=jvp.reverse)
+    count = len(body.outputs)
+    tangent_out = dict(zip([j for j, z in enumerate(flags) if z], both.outputs[count:], strict=True))
+    b = Builder(SIMPLIFY)
+    ins = [b.input(n.meta["val"], n.name) for n in both.inputs]
+    outs = b.inline(both, ins)
+    t_values = dict(zip(tangent_out, outs[count:], strict=True))
+    carry_t = [j for j in range(nk) if nonzero[nc + j]]
+    ys_t = [j for j in range(nk, count) if flags[j]]
+    t_carry = [t_values[j] if j in t_values else b.full(body.outputs[j].meta["val"], 0) for j in carry_t]
+    t_of = dict(zip([i for i, z in enumerate(nonzero) if z], ins[len(duals):], strict=True))
+    full = b.finish(outs[:nk] + t_carry + outs[nk:count] + [t_values[j] for j in ys_t])
+    placeholders = dict(zip([v.node for v in ins], full.inputs, strict=True))
+
+    def part(lo, hi):
+        return [(placeholders[ins[i].node], duals[i].p) for i in range(lo, hi)] + [
+            (placeholders[t_of[i].node], instantiate(duals[i].t, duals[i].p)) for i in range(lo, hi) if nonzero[i]]
+
+    parts = [part(0, nc), part(nc, nc + nk), part(nc + nk, len(duals))]
+    ordered = extract([node for p in parts for node, _ in p], list(full.outputs))
+    results = emit_scan(jvp.b, ordered, *([v for _, v in p] for p in parts), **kwargs)
+    t_results = dict(zip(carry_t, results[nk:], strict=False))
+    ys = results[nk + len(carry_t):]
+    t_results |= dict(zip(ys_t, ys[count - nk:], strict=True))
+    return tuple(Dual(o, t_results.get(j)) for j, o in enumerate(results[:nk] + ys[: count - nk]))
+
+
+def _scan_transpose(b: Builder, cts, args, kwargs):
+    """The scan backward: cotangents of constants are accumulated in the carry, those of xs are the new ys."""
+    body, consts, carry, xs = args
+    c_lin, x_lin = ([x for x in part if isinstance(x, Undefined)] for part in (consts, xs))
+    c_res, x_res = ([x for x in part if not isinstance(x, Undefined)] for part in (consts, xs))
+    if any(not isinstance(c, Undefined) for c in carry):
+        raise AssertionError("a linear scan has a carry that is not linear")
+    nk, ny = len(carry), len(body.outputs) - len(carry)
+    nc = len(consts)
+    split = {True: [], False: []}
+    for i, x in enumerate([*consts, *carry, *xs]):
+        split[isinstance(x, Undefined)].append(body.inputs[i])
+    inner = extract(split[False] + split[True], list(body.outputs))
+    ys_given = [j for j in range(ny) if cts[nk + j] is not None]
+
+    t = Builder(SIMPLIFY)
+    res = [t.input(n.meta["val"], n.name) for n in split[False]]
+    acc = [t.input(x.val, "acc") for x in c_lin]
+    ct_carry = [t.input(x.val, "ct") for x in carry]
+    ct_ys: list[Value | None] = [None] * ny
+    for j in ys_given:
+        ct_ys[j] = t.input(body.outputs[nk + j].meta["val"], "ct_y")
+    shares = reverse.transpose(t, inner, res, [*ct_carry, *ct_ys])
+    to_consts, to_carry, to_xs = shares[: len(c_lin)], shares[len(c_lin): len(c_lin) + nk], shares[len(c_lin) + nk:]
+    new_acc = [forward.add(a, s) for a, s in zip(acc, to_consts, strict=True)]
+    new_carry = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_carry, carry, strict=True)]
+    new_ys = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_xs, _items(x_lin), strict=True)]
+    graph = t.finish(new_acc + new_carry + new_ys)
+    n_c = len(c_res)
+    ins = graph.inputs
+    order = [*ins[:n_c], *ins[len(res): len(res) + len(acc) + nk], *ins[n_c: len(res)], *ins[len(res) + len(acc) + nk:]]
+    graph = extract(list(order), list(graph.outputs))
+    start = [b.full(x.val, 0) for x in c_lin] + [
+        ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)]
+    results = emit_scan(b, graph, c_res, start, [*x_res, *(cts[nk + j] for j in ys_given)],
+                        length=kwargs["length"], reverse=not kwargs["reverse"])
+    return results
+
+
+def _items(xs):
+    from ..graph import Val
+
+    return [Undefined(Val(x.shape[1:], x.dtype, x.val.device)) for x in xs]
+
+
+# ----- custom and linear_call -----------------------------------------------------------------------------------------
+
+def _linear_call_jvp(jvp: Jvp, args, kwargs):
+    """linear_call of the tangents plus the derivative of the body in its residuals."""
+    body, transposed, residuals, operands = args
+    if body is None:
+        from ..errors import NotSupported
+
+        raise NotSupported(what="forward mode (or second order) through a custom backward that is not known to be linear",
+                           instead="Give the function a jvp with fxfunc.custom_jvp.", source=jvp.b.source)
+    return tuple(jvp.b.inline(body, [*residuals, *operands], jvp.call))
+
+
+def _linear_call_transpose(b: Builder, cts, args, kwargs):
+    body, transposed, residuals, operands = args
+    if any(not isinstance(x, Undefined) for x in operands):
+        raise AssertionError("linear_call with a nonlinear operand")
+    cts = [ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, kwargs["vals"], strict=True)]
+    return b.inline(transposed, [*residuals, *cts])
+
+
+forward.SPECIAL.update({map_: _map_jvp, scan: _scan_jvp, linear_call: _linear_call_jvp})
+reverse.SPECIAL.update({map_: _map_transpose, scan: _scan_transpose, linear_call: _linear_call_transpose})
+__all__ = ["custom", "differentiate"]

@@ -1,0 +1,286 @@
+"""Running torch code on tracers. Entry points: `Recorder` (a capture under way) and `trace_torch` (one function, Vals in).
+
+A `Tracer` is a tensor without data that stands for a value of the graph its recorder grows. Calls are recorded as they
+come, writes included, with the grad mode they ran under; `functionalize.py` then gives the functional graph.
+Tensors of other recorders and real tensors become inputs (`captures`), bound by whoever asked for the capture.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from . import errors
+from .dims import from_torch, to_torch
+from .functionalize import functionalize
+from .graph import Graph, Val, stop_gradient
+from .infer import hermetic, infer, meta_result
+from .record import Builder, Value, vals
+
+aten = torch.ops.aten
+
+
+class Tracer(torch.Tensor):
+    """A tensor standing for `value` in the graph of `recorder`; `grad` is what `requires_grad` answers."""
+
+    recorder: Recorder
+    value: Value
+    tracks: bool
+
+    @staticmethod
+    def __new__(cls, recorder: Recorder, value: Value, tracks: bool = False):
+        v = value.val
+        self = torch.Tensor._make_wrapper_subclass(cls, [to_torch(s) for s in v.shape], dtype=v.dtype, device=v.device)
+        self.recorder, self.value, self.tracks = recorder, value, tracks and v.differentiable
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        handler = FUNCTIONS.get(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return handler(*args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise errors.UnsupportedInside(what=f"a tensor that left its capture, in {func}",
+                                       instead="Return the tensor from the function instead of keeping it elsewhere.")
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"Tracer({self.value.val})"
+
+
+class _Stack(threading.local):
+    def __init__(self):
+        self.recorders: list[Recorder] = []
+
+
+_stack = _Stack()
+
+
+def current() -> Recorder | None:
+    """The innermost capture under way in this thread."""
+    return _stack.recorders[-1] if _stack.recorders else None
+
+
+class Recorder(TorchDispatchMode):
+    """Records every ATen call made while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.builder = Builder(None)
+        self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
+        self.mutates = False
+
+    def __enter__(self):
+        _stack.recorders.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        _stack.recorders.remove(self)
+        return super().__exit__(*exc)
+
+    def input(self, val: Val, name: str, tracks: bool = False) -> Tracer:
+        """A tracer for a new input."""
+        return Tracer(self, self.builder.input(val, name), tracks)
+
+    def lift(self, t: torch.Tensor) -> Value:
+        """The value of a tensor met in captured code; one that is not ours becomes a capture."""
+        if isinstance(t, Tracer) and t.recorder is self:
+            return t.value
+        found = self.captures.get(id(t))
+        if found is None:
+            value = self.builder.input(val_of(t), "closed")
+            found = self.captures[id(t)] = (t, value, errors.user_line())
+        return found[1]
+
+    def emit(self, op, args, kwargs=None, tracks: bool = False):
+        """Record a call on Values; the results as tracers."""
+        self.builder.source = errors.user_line()
+        out = self.builder.emit(op, args, kwargs or {})
+        self._mark(out)
+        return self.wrap(out, tracks)
+
+    def _mark(self, out) -> None:
+        first = out if isinstance(out, Value) else next((o for o in out if o is not None), None)
+        if first is not None:
+            node = first.node if isinstance(out, Value) else first.node.args[0]
+            node.meta["grad_mode"] = torch.is_grad_enabled()
+
+    def wrap(self, out, tracks: bool = False):
+        """Values as tracers."""
+        if isinstance(out, Value):
+            return Tracer(self, out, tracks)
+        return [None if o is None else Tracer(self, o, tracks) for o in out]
+
+    def inline(self, graph: Graph, tensors, tracks: bool = False) -> list[Tracer | None]:
+        """Copy a finished graph in, its inputs bound to tensors; under no_grad its results stop reverse mode."""
+        first = len(self.builder.fx.nodes)
+        outs = self.builder.inline(graph, [self.lift(t) for t in tensors])
+        del first
+        if not torch.is_grad_enabled():
+            from .graph import stop_reverse
+
+            outs = [o and self.builder.emit(stop_reverse, (o,)) for o in outs]
+        return [None if o is None else Tracer(self, o, tracks) for o in outs]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (handler := DISPATCH.get(func)) is not None:
+            return handler(self, func, *args, **kwargs)
+        _refuse(func)
+        tracers: list[torch.Tensor] = []
+        values = self._values(args, tracers)
+        keywords = {k: self._values(v, tracers) for k, v in kwargs.items()}
+        if not _returns_tensors(func):
+            return meta_result(func, vals(values), {k: vals(v) for k, v in keywords.items()})
+        tracks = torch.is_grad_enabled() and any(getattr(t, "tracks", t.requires_grad) for t in tracers)
+        out = self.emit(func, values, keywords, tracks)
+        return self._written(func, args, kwargs, out, tracks) if func._schema.is_mutable else _as_torch(func, out)
+
+    def _values(self, x, tensors: list):
+        if isinstance(x, torch.Tensor):
+            tensors.append(x)
+            return self.lift(x)
+        if isinstance(x, (list, tuple)):
+            return [self._values(y, tensors) for y in x]
+        return from_torch(x)
+
+    def _written(self, func, args, kwargs, out, tracks):
+        """What a mutating call returns: the written arguments themselves."""
+        self.mutates = True
+        given = [*args, *([None] * (len(func._schema.arguments) - len(args)))]
+        for i, a in enumerate(func._schema.arguments):
+            given[i] = kwargs.get(a.name, given[i])
+        written = [x for a, x in zip(func._schema.arguments, given, strict=True) if a.alias_info and a.alias_info.is_write]
+        for x in written:
+            if isinstance(x, Tracer):
+                x.tracks = x.tracks or tracks
+        returned = [r for r in func._schema.returns if r.alias_info and r.alias_info.is_write]
+        if returned and len(returned) == len(func._schema.returns):
+            return written[0] if len(returned) == 1 else tuple(written)
+        return _as_torch(func, out)
+
+    def finish(self, outputs, **kwargs) -> Graph:
+        """The functional graph of what was recorded; captures are its last inputs."""
+        values = [None if o is None else self.lift(o) for o in outputs]
+        return functionalize(self.builder.finish_raw(values), **kwargs)
+
+
+def val_of(t: torch.Tensor) -> Val:
+    """What a capture may know of a tensor."""
+    if isinstance(t, Tracer):
+        return t.value.val
+    return Val(tuple(from_torch(s) for s in t.shape), t.dtype, t.device)
+
+
+def _returns_tensors(func) -> bool:
+    return not func._schema.returns or any("Tensor" in str(r.type) for r in func._schema.returns)
+
+
+def _as_torch(func, out):
+    if isinstance(out, list):
+        return out if "List" in str(func._schema.returns[0].type) and len(func._schema.returns) == 1 else tuple(out)
+    return out
+
+
+def _refuse(func) -> None:
+    if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+        raise errors.ValueDependent(op=func)
+
+
+def _value_dependent(recorder, func, *args, **kwargs):
+    raise errors.ValueDependent(op="Tensor.item() or bool(tensor)")
+
+
+def _lift_fresh(recorder, func, x):
+    if isinstance(x, Tracer):
+        return x
+    with hermetic():
+        return Tracer(recorder, recorder.builder.constant(x))
+
+
+def _same(recorder, func, x):
+    return Tracer(recorder, recorder.lift(x), getattr(x, "tracks", x.requires_grad))
+
+
+DISPATCH = {
+    aten._local_scalar_dense.default: _value_dependent,
+    aten.lift_fresh.default: _lift_fresh,
+    aten.lift_fresh_copy.default: _lift_fresh,
+    aten.lift.default: _lift_fresh,
+    aten.detach.default: _same,  # autograd's own; a user's detach is caught in FUNCTIONS
+}
+
+
+def _detach(x):
+    recorder = current()
+    return recorder.emit(stop_gradient, (recorder.lift(x),))
+
+
+def _detach_in_place(x):
+    x.value, x.tracks = current().emit(stop_gradient, (current().lift(x),)).value, False
+    return x
+
+
+def _requires_grad_(x, requires_grad=True):
+    x.tracks = requires_grad
+    return x
+
+
+def _refuse_function(what: str, instead: str):
+    def refuse(*args, **kwargs):
+        raise errors.UnsupportedInside(what=what, instead=instead)
+
+    return refuse
+
+
+def _refuse_value(what: str):
+    def refuse(*args, **kwargs):
+        raise errors.ValueDependent(op=what)
+
+    return refuse
+
+
+_autograd = _refuse_function("torch.autograd", "Use fxfunc.grad or fxfunc.vjp, which nest.")
+FUNCTIONS = {
+    torch.Tensor.detach: _detach,
+    torch.detach: _detach,
+    torch.Tensor.data.__get__: _detach,
+    torch.Tensor.detach_: _detach_in_place,
+    torch.detach_: _detach_in_place,
+    torch.Tensor.requires_grad.__get__: lambda x: x.tracks,
+    torch.Tensor.requires_grad.__set__: _requires_grad_,
+    torch.Tensor.requires_grad_: _requires_grad_,
+    torch.autograd.grad: _autograd,
+    torch.autograd.backward: _autograd,
+    torch.Tensor.backward: _autograd,
+    torch.Tensor.data.__set__: _refuse_function("assigning to .data", "Use copy_ or return the new value."),
+    torch.Tensor.numpy: _refuse_value("Tensor.numpy()"),
+    torch.Tensor.tolist: _refuse_value("Tensor.tolist()"),
+    torch.Tensor.__array__: _refuse_value("numpy.asarray(tensor)"),
+}
+
+
+def trace_torch(function, args, kwargs) -> Graph:
+    """A torch function as a graph, one input per Val among its arguments; the caller's modes are neutralised."""
+    recorder = Recorder()
+
+    def bind(x):
+        if isinstance(x, Val):
+            return recorder.input(x, "a")
+        if isinstance(x, (list, tuple)):
+            return [bind(y) for y in x]
+        return to_torch(x)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.enable_grad(), recorder:
+        out = function(*[bind(a) for a in args], **{k: bind(v) for k, v in kwargs.items()})
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        graph = recorder.finish([o if isinstance(o, torch.Tensor) else None for o in outs])
+    if recorder.captures:
+        raise errors.UnsupportedInside(what=f"a tensor made outside {function}", instead="Register a rule for it.")
+    return graph
+
+
+__all__ = ["Recorder", "Tracer", "current", "infer", "trace_torch", "val_of"]
