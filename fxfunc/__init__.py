@@ -1,1 +1,21 @@
 """Composable function transforms for PyTorch as passes over FX graphs."""
+
+from fxfunc.passes import errors as errors
+from fxfunc.passes import rules as _rules
+from fxfunc.passes.dims import Dim as Dim
+
+from .transforms import grad as grad
+from .transforms import grad_and_value as grad_and_value
+from .transforms import hessian as hessian
+from .transforms import jacfwd as jacfwd
+from .transforms import jacrev as jacrev
+from .transforms import jvp as jvp
+from .transforms import linearize as linearize
+from .transforms import make_graph as make_graph
+from .transforms import stop_gradient as stop_gradient
+from .transforms import value_and_grad as value_and_grad
+from .transforms import vjp as vjp
+from .transforms import vmap as vmap
+
+del _rules
+__version__ = "0.1.0"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from . import errors
 from .dims import Size
 from .graph import Graph, cone, extract, is_random, map_, reached, scan
 from .record import Builder, Value, aten
@@ -19,6 +20,8 @@ def emit_map(b: Builder, body: Graph, operands, mapped, outs, length: Size, rand
     varying = _varying(body, starts, randomness == "different")
     outside = _invariants(b, body, operands, varying)
     inside = [i for i, n in enumerate(body.outputs) if n in varying]
+    if any(outs[i] == "once" for i in inside):
+        raise errors.BadOutDims(what="out_dims is None for an output that depends on a mapped input")
     values = {}
     if inside:
         inner, inputs = _inner(body, varying, starts, [body.outputs[i] for i in inside])
@@ -34,7 +37,9 @@ def emit_map(b: Builder, body: Graph, operands, mapped, outs, length: Size, rand
 
 
 def _repeated(value: Value, kind: str, length: Size) -> Value:
-    """An invariant output of a map: stacked or summed over the axis."""
+    """An invariant output of a map: itself, stacked, or summed over the axis."""
+    if kind == "once":
+        return value
     return value.expand([length, *value.shape]) if kind == "stack" else value.call(aten.mul.Tensor, length)
 
 

@@ -11,6 +11,7 @@ import threading
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._mode_utils import no_dispatch
 
 from . import errors
 from .dims import from_torch, to_torch
@@ -73,6 +74,10 @@ class Recorder(TorchDispatchMode):
         self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
         self.mutates = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import torch._dynamo to keep it away from this class
+
     def __enter__(self):
         _stack.recorders.append(self)
         return super().__enter__()
@@ -129,15 +134,26 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if (handler := DISPATCH.get(func)) is not None:
             return handler(self, func, *args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            return self._reshaped(func, args, kwargs)
         _refuse(func)
         tracers: list[torch.Tensor] = []
-        values = self._values(args, tracers)
+        values = tuple(self._values(args, tracers))
         keywords = {k: self._values(v, tracers) for k, v in kwargs.items()}
         if not _returns_tensors(func):
             return meta_result(func, vals(values), {k: vals(v) for k, v in keywords.items()})
         tracks = torch.is_grad_enabled() and any(getattr(t, "tracks", t.requires_grad) for t in tracers)
         out = self.emit(func, values, keywords, tracks)
         return self._written(func, args, kwargs, out, tracks) if func._schema.is_mutable else _as_torch(func, out)
+
+    def _reshaped(self, func, args, kwargs):
+        """squeeze_, t_ ...: the tracer becomes the view, its own sizes change with it."""
+        x = args[0]
+        op = getattr(getattr(aten, func._schema.name.split("::")[1].removesuffix("_")), func._overloadname)
+        x.value = self.emit(op, (self.lift(x), *args[1:]), kwargs).value
+        with no_dispatch():
+            func(*args, **kwargs)
+        return x
 
     def _values(self, x, tensors: list):
         if isinstance(x, torch.Tensor):

@@ -36,13 +36,6 @@ def _map_jvp(jvp: Jvp, args, kwargs):
     mapped, outs, length, randomness = (kwargs[k] for k in ("mapped", "outs", "length", "randomness"))
     t_mapped = [m for m, z in zip(mapped, nonzero, strict=True) if z]
 
-    def out_kinds(flags):
-        return [kind for kind, z in zip(outs, flags, strict=True) if z]
-
-    if not jvp.split:
-        both, flags = differentiate(body, nonzero, reverse_mode=jvp.reverse)
-        results = emit_map(jvp.b, both, primals + tangents, [*mapped, *t_mapped], [*outs, *out_kinds(flags)], length, randomness)
-        return _zip(results[: len(outs)], results[len(outs):], flags)
     cut = linearize(body, nonzero, reverse=jvp.reverse)
     results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *["stack"] * cut.residuals], length, randomness)
     residuals, r_mapped = [], []
@@ -51,7 +44,8 @@ def _map_jvp(jvp: Jvp, args, kwargs):
         invariant = source is not None and not mapped[source]
         residuals.append(primals[source] if invariant else value)
         r_mapped.append(not invariant)
-    out_tangents = emit_map(jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, out_kinds(cut.nonzero_out), length, randomness)
+    kinds = [kind for kind, z in zip(outs, cut.nonzero_out, strict=True) if z]
+    out_tangents = emit_map(jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, kinds, length, randomness)
     return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
 
 
@@ -62,10 +56,10 @@ def _map_transpose(b: Builder, cts, args, kwargs):
     body, residuals, linear = _linear_last(body, operands)
     kinds = [mapped[i] for i in residuals]
     given = [j for j, ct in enumerate(cts) if ct is not None]
-    transposed = _transposed(body, len(residuals), given)
-    wanted = [i for i, n in zip(linear, transposed.outputs, strict=True) if n is not None]
+    back = transposed(body, len(residuals), given)
+    wanted = [i for i, n in zip(linear, back.outputs, strict=True) if n is not None]
     results = iter(emit_map(
-        b, _without_none(transposed), [*(operands[i] for i in residuals), *(cts[j] for j in given)],
+        b, _without_none(back), [*(operands[i] for i in residuals), *(cts[j] for j in given)],
         [*kinds, *(outs[j] == "stack" for j in given)], ["stack" if mapped[i] else "sum" for i in wanted],
         kwargs["length"], kwargs["randomness"]))
     return [next(results) if i in wanted else None for i in linear]
@@ -78,7 +72,7 @@ def _linear_last(body: Graph, operands) -> tuple[Graph, list[int], list[int]]:
     return extract([body.inputs[i] for i in others + linear], list(body.outputs)), others, linear
 
 
-def _transposed(body: Graph, residuals: int, given: list[int]) -> Graph:
+def transposed(body: Graph, residuals: int, given: list[int]) -> Graph:
     """The graph residuals + cotangents of the `given` outputs -> cotangents of the linear inputs (None where zero)."""
     b = Builder(SIMPLIFY)
     values = [b.input(n.meta["val"], n.name) for n in body.inputs[:residuals]]

@@ -1,0 +1,170 @@
+"""From a Python function and example arguments to a graph. Entry points: `capture`, and `execute` to run a graph.
+
+Executed inside a capture, a graph is copied into it; otherwise it is lowered and run, and ordinary autograd around it
+sees one differentiable call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch.utils import _pytree as pytree
+
+try:
+    from fxfunc.codegen import eager
+except ImportError:
+    import interp as eager
+from fxfunc.passes import errors
+from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.linearize import linearize
+from fxfunc.passes.linearize import vjp as emit_vjp
+from fxfunc.passes.pipeline import lowered
+from fxfunc.passes.record import Builder
+from fxfunc.passes.rules.region import transposed
+from fxfunc.passes.simplify import SIMPLIFY
+from fxfunc.passes.trace import Recorder, Tracer, current, val_of
+
+from . import custom
+
+
+@dataclasses.dataclass
+class Captured:
+    """A captured function: the graph's inputs are the tensor leaves of the arguments, then `captures`."""
+
+    graph: Graph
+    captures: list[torch.Tensor]
+    sources: list[str | None]
+    out_leaves: list  # what the function returned, flat: tensors replaced by None
+    out_spec: pytree.TreeSpec
+
+    @property
+    def tensor_flags(self) -> list[bool]:
+        """For each output leaf, whether it is a tensor."""
+        return [x is _TENSOR for x in self.out_leaves]
+
+    def outputs(self, tensors: list):
+        """The function's result, its tensors being these in order."""
+        tensors = iter(tensors)
+        return pytree.tree_unflatten([next(tensors) if x is _TENSOR else x for x in self.out_leaves], self.out_spec)
+
+
+_TENSOR = object()
+
+
+def is_tensor(x) -> bool:
+    """True for what becomes an input or output of a graph."""
+    return isinstance(x, torch.Tensor)
+
+
+def check_tensors(transform: str, leaves) -> None:
+    """Refuse tensors whose meaning a capture cannot keep, and calls inside an active torch.func transform."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise errors.NestedTorchFunc(transform=transform)
+    for t in leaves:
+        if is_tensor(t) and t.layout is not torch.strided:
+            raise errors.NotSupported(what=f"{transform} of a tensor of layout {t.layout}", instead="Convert it with .to_dense().")
+        if is_tensor(t) and t.is_quantized:
+            raise errors.NotSupported(what=f"{transform} of a quantized tensor", instead="Convert it with .dequantize().")
+
+
+def capture(function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, refuse=True) -> Captured:
+    """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
+
+    tracks: for each of them, whether the code sees `requires_grad == True`. randomness: that of an enclosing vmap.
+    """
+    recorder = Recorder()
+    recorder.randomness = randomness
+    with custom.hooks(), recorder, torch.enable_grad():
+        flags = iter(tracks)
+        tracers = iter([recorder.input(v, "x", next(flags, False)) for v in in_vals])
+        args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
+        out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
+        graph = recorder.finish([x for x in out_leaves if is_tensor(x)], refuse=refuse)
+    captures = [(t, source) for t, _, source in recorder.captures.values()]
+    return Captured(graph, [t for t, _ in captures], [s for _, s in captures],
+                    [_TENSOR if is_tensor(x) else x for x in out_leaves], out_spec)
+
+
+def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The outputs of a graph at these tensors: recorded if a capture is under way, else computed."""
+    recorder = current()
+    if recorder is not None:
+        tracks = torch.is_grad_enabled() and any(t.tracks if isinstance(t, Tracer) else t.requires_grad for t in tensors)
+        return recorder.inline(graph, tensors, tracks)
+    return run(graph, compiled, tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(graph: Graph):
+    """A graph as a callable on flat tensors, by the eager backend; equal graphs share it."""
+    return eager.emit(lowered(graph))
+
+
+def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Compute, as one call in the eyes of autograd if an input requires grad; `compile_(graph)` gives the callable."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return list(_Differentiable.apply(graph, compile_, *tensors))
+    with torch.no_grad():
+        return compile_(graph)(list(tensors))
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(graph: Graph, nonzero: tuple[bool, ...]):
+    return linearize(graph, nonzero, reverse=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward(graph: Graph, nonzero: tuple[bool, ...], given: tuple[int, ...]) -> Graph:
+    """residuals + the given cotangents -> cotangents of the nonzero inputs (None where zero)."""
+    cut = _cut(graph, nonzero)
+    return transposed(cut.linear, cut.residuals, list(given))
+
+
+@functools.lru_cache(maxsize=256)
+def _vjp_graph(graph: Graph, nonzero: tuple[bool, ...], given: tuple[int, ...]) -> Graph:
+    """inputs + the given cotangents -> cotangents of the nonzero inputs; itself differentiable again."""
+    b = Builder(SIMPLIFY)
+    inputs = [b.input(n.meta["val"], n.name) for n in graph.inputs]
+    cts: list = [None] * len(graph.outputs)
+    for j in given:
+        cts[j] = b.input(graph.outputs[j].meta["val"], "ct")
+    _, shares = emit_vjp(b, graph, inputs, nonzero, lambda outs: cts)
+    return b.finish(shares)
+
+
+class _Differentiable(torch.autograd.Function):
+    """A graph as one node of ordinary autograd, whose backward is our own vjp (and again for double backward)."""
+
+    @staticmethod
+    def forward(ctx, graph: Graph, compile_, *tensors):
+        nonzero = tuple(t.requires_grad and t.dtype.is_floating_point | t.dtype.is_complex for t in tensors)
+        cut = _cut(graph, nonzero)
+        results = compile_(cut.primal)(list(tensors))
+        outs, residuals = results[: cut.count], results[cut.count:]
+        ctx.graph, ctx.compile, ctx.nonzero, ctx.count = graph, compile_, nonzero, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, z in zip(outs, cut.nonzero_out, strict=True) if o is not None and not z))
+        ctx.save_for_backward(*tensors, *residuals)
+        return tuple(o.view_as(o) if any(o is t for t in tensors) and o is not None else o for o in outs)
+
+    @staticmethod
+    def backward(ctx, *cts):
+        tensors, residuals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        cut = _cut(ctx.graph, ctx.nonzero)
+        given = [j for j, ct in enumerate(cts) if ct is not None and cut.nonzero_out[j]]
+        if torch.is_grad_enabled():
+            graph = _vjp_graph(ctx.graph, ctx.nonzero, tuple(given))
+            shares = run(graph, ctx.compile, [*tensors, *(cts[j] for j in given)])
+        else:
+            position = {j: k for k, j in enumerate(j for j, z in enumerate(cut.nonzero_out) if z)}
+            graph = _backward(ctx.graph, ctx.nonzero, tuple(position[j] for j in given))
+            shares = ctx.compile(graph)([*residuals, *(cts[j] for j in given)])
+        shares = iter(shares)
+        return (None, None, *(next(shares) if z else None for z in ctx.nonzero))
+
+
+def vals_of(leaves) -> list[Val]:
+    """The Vals of the tensor leaves."""
+    return [val_of(t) for t in leaves if is_tensor(t)]
