@@ -7,7 +7,6 @@ sees one differentiable call.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,6 +17,7 @@ except ImportError:
     import interp as eager
 from fxfunc.passes import errors
 from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize
 from fxfunc.passes.linearize import vjp as emit_vjp
 from fxfunc.passes.pipeline import lowered
@@ -96,7 +96,7 @@ def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | No
     return run(graph, compiled, tensors)
 
 
-@functools.lru_cache(maxsize=256)
+@rewriting
 def compiled(graph: Graph):
     """A graph as a callable on flat tensors, by the eager backend; equal graphs share it."""
     return eager.emit(lowered(graph))
@@ -110,19 +110,19 @@ def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tenso
         return compile_(graph)(list(tensors))
 
 
-@functools.lru_cache(maxsize=256)
+@rewriting
 def _cut(graph: Graph, nonzero: tuple[bool, ...]):
     return linearize(graph, nonzero, reverse=True)
 
 
-@functools.lru_cache(maxsize=256)
+@rewriting
 def _backward(graph: Graph, nonzero: tuple[bool, ...], given: tuple[int, ...]) -> Graph:
     """residuals + the given cotangents -> cotangents of the nonzero inputs (None where zero)."""
     cut = _cut(graph, nonzero)
     return transposed(cut.linear, cut.residuals, list(given))
 
 
-@functools.lru_cache(maxsize=256)
+@rewriting
 def _vjp_graph(graph: Graph, nonzero: tuple[bool, ...], given: tuple[int, ...]) -> Graph:
     """inputs + the given cotangents -> cotangents of the nonzero inputs; itself differentiable again."""
     b = Builder(SIMPLIFY)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fxfunc.passes import errors
 from fxfunc.passes.dims import from_torch, numel
 from fxfunc.passes.graph import Graph, Val, stop_gradient as _stop_gradient
+from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize as _linearize
 from fxfunc.passes.linearize import vjp as _emit_vjp
 from fxfunc.passes.record import Builder, aten
@@ -107,7 +108,7 @@ def _check_outputs(transform: str, captured: Captured, count: int) -> None:
 
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _grad_graph(graph: Graph, nonzero: tuple[bool, ...]) -> Graph:
     """inputs -> the gradients of output 0 for the nonzero inputs, then all outputs."""
     b = Builder(SIMPLIFY)
@@ -177,12 +178,12 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
     return wrapper
 
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _cut(graph: Graph, nonzero, reverse: bool):
     return _linearize(graph, nonzero, reverse=reverse)
 
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _transposed(graph: Graph, nonzero, given: tuple[int, ...]) -> Graph:
     """residuals + the given cotangents -> cotangents of the nonzero inputs, zeros made real."""
     cut = _cut(graph, nonzero, True)
@@ -237,7 +238,7 @@ def _matching(where: str, what: str, tree, leaves, spec, vals) -> list[torch.Ten
 
 # ----- forward mode ---------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _jvp_graph(graph: Graph, nonzero, count: int) -> Graph:
     """inputs + nonzero tangents -> all outputs, then the tangents of the first `count`, zeros made real."""
     both, flags = differentiate(graph, nonzero, reverse_mode=False)
@@ -315,7 +316,7 @@ def _basis(b: Builder, val: Val):
     return b.emit(aten.eye.default, (n,), {"dtype": val.dtype, "device": val.device}).reshape([n, *val.shape])
 
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _jacrev_graph(graph: Graph, nonzero, count: int) -> Graph:
     """inputs -> jacobians [*out, *in] of the first `count` outputs (outer) by the nonzero inputs (inner), then all outputs."""
     b = Builder(SIMPLIFY)
@@ -349,7 +350,7 @@ def _rows(b: Builder, back: Graph, residuals, out: Val) -> list:
     return rows
 
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _jacfwd_graph(graph: Graph, nonzero, count: int) -> Graph:
     """As _jacrev_graph, by forward mode: a map of the jvp over the basis of each input."""
     b = Builder(SIMPLIFY)
@@ -466,7 +467,7 @@ def _full_vals(leaves) -> tuple[Val, ...]:
     return tuple(vals_of(leaves))
 
 
-@functools.lru_cache(maxsize=512)
+@rewriting
 def _map_graph(body: Graph, dims, out_dims, length, randomness, vals) -> Graph:
     """inputs with their mapped axes anywhere -> the outputs of the map, axes moved where they belong."""
     b = Builder(SIMPLIFY)

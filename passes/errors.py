@@ -5,6 +5,8 @@ Each class is also a subclass of the type `torch.func` raises in the same place.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 
@@ -12,6 +14,7 @@ _PASSES = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(_PASSES)
 _FOLDERS = ("fxfunc", "passes", "codegen") if os.path.exists(os.path.join(_ROOT, "fxfunc", "__init__.py")) else ("",)
 _OURS = tuple(os.path.join(_ROOT, folder, "") for folder in _FOLDERS)
+_STDLIB = tuple(m.__file__ for m in (contextlib, functools))
 _TORCH = os.sep + os.path.join("site-packages", "torch") + os.sep
 
 
@@ -20,7 +23,7 @@ def user_line() -> str | None:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not (name.startswith(_OURS) or _TORCH in name or name.startswith("<")):
+        if not (name.startswith(_OURS) or name in _STDLIB or _TORCH in name or name.startswith("<")):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return None

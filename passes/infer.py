@@ -7,6 +7,7 @@ sizes and fitting a polynomial, checked at one more; what does not fit raises `D
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from fractions import Fraction
 
@@ -49,6 +50,11 @@ def hermetic():
     """Neutralise the caller's modes: nothing the passes compute depends on them."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch._C._DisableAutocast():
         yield
+
+
+def rewriting(function):
+    """A function from graphs (and static values) to graphs: cached, and run with the caller's modes neutralised."""
+    return functools.lru_cache(maxsize=512)(hermetic()(function))
 
 
 def meta_result(op, args, kwargs):

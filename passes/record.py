@@ -257,7 +257,7 @@ class Builder:
     def at(self, node: Node, how: str | None = None):
         """Calls emitted inside are put down to `node` (its user line, and `how` it was changed)."""
         before = self.source, self.origin
-        self.source = node.meta.get("source")
+        self.source = node.meta.get("source") or self.source
         self.origin = f"{how}({node.name})" if how else node.meta.get("origin")
         try:
             yield

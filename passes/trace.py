@@ -68,11 +68,12 @@ def current() -> Recorder | None:
 class Recorder(TorchDispatchMode):
     """Records every ATen call made while it is entered."""
 
-    def __init__(self):
+    def __init__(self, keeps_sources: bool = True):
         super().__init__()
         self.builder = Builder(None)
         self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
         self.mutates = False
+        self.keeps_sources = keeps_sources
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -102,7 +103,7 @@ class Recorder(TorchDispatchMode):
 
     def emit(self, op, args, kwargs=None, tracks: bool = False):
         """Record a call on Values; the results as tracers."""
-        self.builder.source = errors.user_line()
+        self.builder.source = errors.user_line() if self.keeps_sources else None
         out = self.builder.emit(op, args, kwargs or {})
         self._mark(out)
         return self.wrap(out, tracks)
@@ -281,7 +282,7 @@ FUNCTIONS = {
 
 def trace_torch(function, args, kwargs) -> Graph:
     """A torch function as a graph, one input per Val among its arguments; the caller's modes are neutralised."""
-    recorder = Recorder()
+    recorder = Recorder(keeps_sources=False)
 
     def bind(x):
         if isinstance(x, Val):

@@ -49,7 +49,7 @@ elementwise(aten.reciprocal.default, lambda t, y, a: t * (-y * y))
 
 
 def _pow_scalar(t, y, a, n):
-    return t * 0 if n == 0 else t * a.pow(n - 1) * n
+    return t * 0 if n == 0 else t * (a.pow(n - 1) * n)
 
 
 def _pow_exponent(t, y, a, b):
@@ -85,7 +85,9 @@ elementwise(aten.digamma.default, lambda t, y, a: t * a.builder.emit(aten.polyga
 elementwise(aten.polygamma.default, lambda t, y, n, a: t * a.builder.emit(aten.polygamma.default, (n + 1, a)))
 
 # ----- activations ----------------------------------------------------------------------------------------------------
-elementwise(aten.relu.default, lambda t, y, a: y.gt(0).where(t, 0.0))
+elementwise(aten.relu.default, lambda t, y, a: t.call(aten.threshold_backward.default, y, 0))
+rule(aten.threshold_backward.default, jvp=[lambda t, y, ct, a, at: t.call(aten.threshold_backward.default, a, at), ZERO],
+     transpose=[lambda ct, t, a, at: ct.call(aten.threshold_backward.default, a, at), None], batch=pointwise)
 elementwise(aten.sigmoid.default, lambda t, y, a: t * (y * (1 - y)))
 elementwise(aten.leaky_relu.default, lambda t, y, a, slope=0.01: a.gt(0).where(t, t * slope))
 elementwise(aten.hardtanh.default, lambda t, y, a, lo=-1.0, hi=1.0: (a.gt(lo) & a.lt(hi)).where(t, 0.0))
