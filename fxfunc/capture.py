@@ -20,7 +20,7 @@ from fxfunc.passes.graph import Graph, Val
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize
 from fxfunc.passes.linearize import vjp as emit_vjp
-from fxfunc.passes.pipeline import lowered
+from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.record import Builder
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
@@ -99,7 +99,7 @@ def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | No
 @rewriting
 def compiled(graph: Graph):
     """A graph as a callable on flat tensors, by the eager backend; equal graphs share it."""
-    return eager.emit(lowered(graph))
+    return eager.emit(for_aten(lowered(graph)))
 
 
 def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import errors
 from .dims import Dim, at, numel
-from .graph import Val, constant, custom, graft, linear_call, map_, scan, stop_gradient, stop_reverse, typed
+from .graph import Graph, Val, constant, custom, graft, linear_call, map_, scan, stop_gradient, stop_reverse, typed
 
 aten = torch.ops.aten
 _memo: dict = {}
@@ -54,7 +54,20 @@ def hermetic():
 
 def rewriting(function):
     """A function from graphs (and static values) to graphs: cached, and run with the caller's modes neutralised."""
-    return functools.lru_cache(maxsize=512)(hermetic()(function))
+    name = function.__name__.strip("_").removesuffix("_graph")
+
+    @functools.lru_cache(maxsize=512)
+    @functools.wraps(function)
+    def cached(*args):
+        with hermetic():
+            out = function(*args)
+        if isinstance(out, Graph):
+            from .dump import saw
+
+            saw(name, out)
+        return out
+
+    return cached
 
 
 def meta_result(op, args, kwargs):

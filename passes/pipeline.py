@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from .batch import lower
+from .dump import saw
 from .graph import Graph
+from .peephole import peephole
 from .record import rebuild
 from .simplify import SIMPLIFY
 
 
 def lowered(graph: Graph) -> Graph:
-    """A graph as the backends take it: maps batched, algebra applied until nothing changes."""
-    graph = lower(graph)
-    while True:
-        smaller = rebuild(graph, SIMPLIFY)
-        if len(smaller) >= len(graph):
-            return smaller
-        graph = smaller
+    """A graph as the backends take it: maps batched, then algebra until nothing changes."""
+    graph = saw("lower", lower(graph))
+    while len(smaller := simplify(graph)) < len(graph):
+        graph = saw("simplify", smaller)
+    return graph
+
+
+def for_aten(graph: Graph) -> Graph:
+    """A lowered graph for a backend that calls ATen op by op: neighbours joined into ops that do both."""
+    return saw("peephole", peephole(graph))
+
+
+def simplify(graph: Graph) -> Graph:
+    """The graph emitted again through the algebra; equal calls are shared, dead ones dropped."""
+    return rebuild(graph, SIMPLIFY)
