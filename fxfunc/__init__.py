@@ -4,6 +4,14 @@ from fxfunc.passes import errors as errors
 from fxfunc.passes import rules as _rules
 from fxfunc.passes.dims import Dim as Dim
 
+from .control import fori_loop as fori_loop
+from .control import scan as scan
+from .jit import Compiled as Compiled
+from .jit import Lowered as Lowered
+from .jit import jit as jit
+from .jit import spec as spec
+from .nn import functional_call as functional_call
+from .nn import stack_module_state as stack_module_state
 from .transforms import grad as grad
 from .transforms import grad_and_value as grad_and_value
 from .transforms import hessian as hessian

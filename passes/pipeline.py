@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .batch import lower
+from .dce import dce
 from .dump import saw
 from .graph import Graph
 from .peephole import peephole
@@ -12,6 +13,7 @@ from .simplify import SIMPLIFY
 
 def lowered(graph: Graph) -> Graph:
     """A graph as the backends take it: maps batched, then algebra until nothing changes."""
+    graph = saw("dce", dce(graph))
     graph = saw("lower", lower(graph))
     while len(smaller := simplify(graph)) < len(graph):
         graph = saw("simplify", smaller)

@@ -182,13 +182,11 @@ def _scan_transpose(b: Builder, cts, args, kwargs):
     body, consts, carry, xs = args
     c_lin, x_lin = ([x for x in part if isinstance(x, Undefined)] for part in (consts, xs))
     c_res, x_res = ([x for x in part if not isinstance(x, Undefined)] for part in (consts, xs))
-    if any(not isinstance(c, Undefined) for c in carry):
-        raise AssertionError("a linear scan has a carry that is not linear")
     nk, ny = len(carry), len(body.outputs) - len(carry)
-    nc = len(consts)
-    split = {True: [], False: []}
-    for i, x in enumerate([*consts, *carry, *xs]):
-        split[isinstance(x, Undefined)].append(body.inputs[i])
+    carries = body.inputs[len(consts) : len(consts) + nk]
+    split: dict[bool, list] = {True: [], False: []}
+    for n, x in zip(body.inputs, [*consts, *carry, *xs], strict=True):
+        split[isinstance(x, Undefined) or n in carries].append(n)  # a carry that starts as a constant zero is linear too
     inner = extract(split[False] + split[True], list(body.outputs))
     ys_given = [j for j in range(ny) if cts[nk + j] is not None]
 
@@ -213,7 +211,8 @@ def _scan_transpose(b: Builder, cts, args, kwargs):
         ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)]
     results = emit_scan(b, graph, c_res, start, [*x_res, *(cts[nk + j] for j in ys_given)],
                         length=kwargs["length"], reverse=not kwargs["reverse"])
-    return results
+    first = len(c_lin)
+    return [*results[:first], *(r for r, x in zip(results[first:], carry, strict=False) if isinstance(x, Undefined)), *results[first + nk:]]
 
 
 def _items(xs):
