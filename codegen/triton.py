@@ -1,0 +1,487 @@
+"""Loop IR -> Triton source -> cubin. Entry points: `source`, `compile`, `compile_graph`, `table`.
+
+Programs cover the grid in blocks of `rows`, a kernel with reductions also its tile in blocks of `cols` (in a loop if it is
+large or symbolic). Blocks follow from shapes alone, so sums have one order. Padding, masks and offset widths exist only
+here. Triton is imported only by `compile`; the text runs as it is under TRITON_INTERPRET=1 (interpret.py).
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import functools
+import linecache
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fxfunc.passes import errors
+from fxfunc.passes.dims import Dim, Size, numel
+from fxfunc.passes.graph import Graph
+
+from .cubin import resources
+from .fuse import STAND_IN, fuse, kernels_of
+from .launch import Binary
+from .loops import Apply, Const, Index, Instr, Iota, Kernel, Load, Reduce, Store, neutral, value_names
+
+TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
+         torch.bool: "int1", torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16", torch.int32: "int32",
+         torch.int64: "int64"}  # fmt: skip
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+            torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
+            torch.int64: "*i64"}  # fmt: skip
+
+
+# ---- the elementwise operations: a template, or one chosen by the dtype of the operands ----
+
+
+def _by_kind(floating: str, integer: str) -> Callable[[torch.dtype], str]:
+    return lambda dtype: floating if dtype.is_floating_point else integer
+
+
+def _f32(single: str, double: str) -> Callable[[torch.dtype], str]:
+    return lambda dtype: single if dtype is torch.float32 else double
+
+
+_LIBDEVICE = ("exp exp2 expm1 log log2 log10 log1p rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc "
+              "floor ceil trunc lgamma").split()  # fmt: skip
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^",
+          "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
+TEMPLATES: dict[str, str | Callable[[torch.dtype], str]] = {
+    **{name: f"libdevice.{name}({{0}})" for name in _LIBDEVICE},
+    **{name: f"{{0}} {sign} {{1}}" for name, sign in _INFIX.items()},
+    "neg": _by_kind("{0} * -1.0", "-{0}"),  # Triton's -x is 0 - x, which loses -0.0
+    "abs": "tl.abs({0})",
+    "round": "libdevice.rint({0})",
+    "sqrt": _f32("tl.sqrt_rn({0})", "libdevice.sqrt({0})"),
+    "div": _f32("tl.div_rn({0}, {1})", "{0} / {1}"),
+    "pow": "libdevice.pow({0}, {1})",
+    "atan2": "libdevice.atan2({0}, {1})",
+    "fmod": _by_kind("libdevice.fmod({0}, {1})", "{0} % {1}"),
+    "rem": _by_kind("rem_float({0}, {1})", "rem_int({0}, {1})"),
+    "floordiv": _by_kind("floordiv_float({0}, {1})", "floordiv_int({0}, {1})"),
+    "truncdiv": "{0} // {1}",
+    "maximum": "maximum({0}, {1})",
+    "minimum": "minimum({0}, {1})",
+    "not": lambda dtype: "{0} == 0" if dtype is torch.bool else "~{0}",
+    "where": "tl.where({0}, {1}, {2})",
+}
+_ACCUMULATE = {"sum": "{0} + {1}", "prod": "{0} * {1}", "amax": "maximum({0}, {1})", "amin": "minimum({0}, {1})",
+               "any": "{0} | {1}", "all": "{0} & {1}"}  # fmt: skip
+_COMBINE = {"prod": "product", "amax": "maximum", "amin": "minimum", "any": "either", "all": "both"}
+
+# As ATen: a NaN wins; // rounds down and % has the sign of the divisor.
+HELPERS = {
+    "maximum": "(a, b):\n    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "(a, b):\n    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
+    "product": "(a, b):\n    return a * b",
+    "either": "(a, b):\n    return a | b",
+    "both": "(a, b):\n    return a & b",
+    "rem_int": "(a, b):\n    r = a % b\n    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)",
+    "floordiv_int": "(a, b):\n    q = a // b\n    r = a % b\n"
+                    "    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)",
+    "rem_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)",
+    "floordiv_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    q = (a - r) / b\n"
+                      "    q = tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)\n    f = libdevice.floor(q)\n"
+                      "    f = tl.where(q - f > 0.5, f + 1, f)\n    f = tl.where(q == 0, libdevice.copysign(q * 0, a / b), f)\n"
+                      "    return tl.where(b == 0, a / b, f)",
+}  # fmt: skip
+
+
+# ---- blocks ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Rows of the grid and columns of the tile that a program holds, and whether it loops over the tile."""
+
+    rows: int
+    cols: int
+    looped: bool
+    warps: int
+    wide: bool
+
+    @property
+    def maxnreg(self) -> int:
+        """Registers a thread may use: without a bound, ptxas was seen to choose 32 and spill."""
+        return min(255, 65536 // (32 * self.warps))
+
+
+def schedule(k: Kernel) -> Schedule:
+    """The blocks of a kernel: a function of its shapes, symbolic ones taken for `STAND_IN`."""
+    rows, tile = _estimate(numel(k.grid)), tile_of(k)
+    wide = any(
+        isinstance(n, Dim) or n >= 2**31
+        for n in (numel(k.grid) * numel(tile), *(numel(a.shape) for a in k.args))
+    )
+    if not tile:
+        return Schedule(1024 if rows >= 2**18 else 256 if rows > 128 else 128, 0, False, 4, wide)
+    n = numel(tile)
+    width, fixed = _power(_estimate(n)), not isinstance(n, Dim)
+    if any(isinstance(x, Load) and x.index.tile[-1] == 1 for x in k.body):
+        cols = min(width, 4096 if fixed else 1024)
+        block = min(_power(rows), 64, max(1, 1024 // cols))
+    else:
+        block = min(_power(rows), 64)
+        cols = min(width, 32 if block >= 32 else 1024 // block)
+    looped = not fixed or cols < n
+    return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide)
+
+
+def tile_of(k: Kernel) -> tuple[Size, ...]:
+    """The tile that the reductions of a kernel reduce, () if it has none."""
+    tiles = {(x.shape, x.axes) for x in k.body if isinstance(x, Reduce)}
+    if len(tiles) > 1 or any(len(axes) != len(shape) for shape, axes in tiles):
+        raise errors.BackendError(
+            backend="triton", what=f"{k.name} reduces several tiles", instead="Report it."
+        )
+    return next(iter(tiles))[0] if tiles else ()
+
+
+def _estimate(x: Size) -> int:
+    return x.at(dict.fromkeys(x.names(), STAND_IN)) if isinstance(x, Dim) else x
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# ---- source ----
+
+
+def source(k: Kernel) -> str:
+    """The kernel as a module of Triton source."""
+    lines = _Emitter(k).lines()
+    body = "\n".join(lines)
+    needed = [name for name in HELPERS if re.search(rf"\b{name}\b", body)]
+    helpers = "".join(f"\n\n@triton.jit\ndef {name}{HELPERS[name]}\n" for name in needed)
+    head = "import triton\nimport triton.language as tl\n"
+    if "libdevice." in body + helpers:
+        head += "from triton.language.extra import libdevice\n"
+    return f"{head}{helpers}\n\n@triton.jit\n{body}\n"
+
+
+class _Emitter:
+    """Emits one kernel. In a looped kernel, `depth` counts the reductions before a value: one loop over the tile a depth."""
+
+    def __init__(self, k: Kernel):
+        self.k, self.schedule, self.tile = k, schedule(k), tile_of(k)
+        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
+                                *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
+        self.args, self.values = names[: len(k.args)], names[len(k.args) :]
+        self.out: list[str] = []
+        self.indent = "    "
+        self.source = ""
+        self.depth = self._depths()
+        self.inline = {i for i, x in enumerate(k.body) if isinstance(x, Const) and self._is_literal(i, x)}
+
+    def lines(self) -> list[str]:
+        """The function, line by line."""
+        self.out = [f"def {self.k.name}({', '.join([*self.args, *self.k.sizes])}):"]
+        self._rows()
+        if self.schedule.looped:
+            self._stages()
+        else:
+            if self.tile:
+                self._columns(f"tl.arange(0, {self.schedule.cols})[None, :]")
+            for i in range(len(self.k.body)):
+                self._instr(i)
+        return self.out
+
+    def _emit(self, line: str) -> None:
+        self.out.append(self.indent + line)
+
+    # -- the index space --
+
+    def _rows(self) -> None:
+        s, n = self.schedule, numel(self.k.grid)
+        pid = "tl.program_id(0).to(tl.int64)" if s.wide else "tl.program_id(0)"
+        self._emit(f"row = {pid} * {s.rows} + tl.arange(0, {s.rows}){'[:, None]' if self.tile else ''}")
+        self._emit(f"row_in = row < {_size(n)}")
+        self._axes("g", "row", self.k.grid)
+
+    def _columns(self, text: str) -> None:
+        self._emit(f"col = {text}")
+        self._emit(f"col_in = col < {_size(numel(self.tile))}")
+        self._axes("t", "col", self.tile)
+
+    def _axes(self, letter: str, name: str, sizes: tuple[Size, ...]) -> None:
+        """The coordinates of the axes from the number of a row or column; a single axis is the number itself."""
+        for i in range(len(sizes) if len(sizes) > 1 else 0):
+            inner = numel(sizes[i + 1 :])
+            text = name if inner == 1 else f"{name} // {_size(inner)}"
+            self._emit(f"{letter}{i} = {text}{f' % {_size(sizes[i])}' if i else ''}")
+
+    def _offset(self, index: Index) -> str:
+        """The text of an index; '' if it is 0."""
+        terms = []
+        for letter, name, strides in (("g", "row", index.grid), ("t", "col", index.tile)):
+            for i, s in enumerate(strides):
+                axis = name if len(strides) == 1 else f"{letter}{i}"
+                terms += [] if s == 0 else [axis if s == 1 else f"{axis} * {_size(s)}"]
+        return " + ".join(terms + ([_size(index.offset)] if index.offset != 0 else []))
+
+    # -- loops --
+
+    def _depths(self) -> list[int]:
+        out: list[int] = []
+        for x in self.k.body:
+            out.append(max((out[j] + isinstance(self.k.body[j], Reduce) for j in x.inputs), default=0))
+        return out
+
+    def _stages(self) -> None:
+        """For each depth: the loop over the tile, then what follows from its reductions at row level."""
+        body = self.k.body
+        self._run([i for i in range(len(body)) if self.depth[i] == 0 and self._at_row(i)])
+        for depth in range(max(self.depth) + 1):
+            roots = [i for i, x in enumerate(body) if self.depth[i] == depth and self._ends_loop(i, x)]
+            if not roots:
+                continue
+            reduces = [i for i in roots if isinstance(body[i], Reduce)]
+            for i in reduces:
+                self._emit(f"{self.values[i]} = {self._neutral(i, [self.schedule.rows, self.schedule.cols])}")
+            self._loop(roots)
+            for i in reduces:
+                self._emit(f"{self.values[i]} = {self._reduced(i, self.values[i])}")
+            self._run([i for i in range(len(body)) if self.depth[i] == depth + 1 and self._at_row(i)])
+
+    def _at_row(self, i: int) -> bool:
+        """True for what a looped kernel computes outside of its loops."""
+        return all(s == 1 for s in self.k.types[i][0]) and not isinstance(self.k.body[i], Reduce)
+
+    def _ends_loop(self, i: int, x: Instr) -> bool:
+        return isinstance(x, Reduce) or (isinstance(x, Store) and not self._at_row(i))
+
+    def _loop(self, roots: list[int]) -> None:
+        cols = self.schedule.cols
+        self._emit(f"for block in range(0, {_size(numel(self.tile))}, {cols}):")
+        self.indent += "    "
+        self._columns(f"block + tl.arange(0, {cols})[None, :]")
+        needed, todo = set(roots), list(roots)
+        while todo:
+            inner = [
+                j
+                for j in self.k.body[todo.pop()].inputs
+                if not self._at_row(j) and not isinstance(self.k.body[j], Reduce)
+            ]
+            todo += [j for j in inner if j not in needed]
+            needed.update(inner)
+        for i in sorted(needed):
+            self._accumulate(i) if isinstance(self.k.body[i], Reduce) else self._instr(i)
+        self.indent = self.indent[4:]
+
+    def _run(self, instrs: list[int]) -> None:
+        for i in instrs:
+            self._instr(i)
+
+    def _accumulate(self, i: int) -> None:
+        x, acc = self.k.body[i], self.values[i]
+        self._comment(x)
+        value = f"tl.where(col_in, {self._operand(x.x)}, {self._neutral(i)})"
+        self._emit(f"{acc} = {_ACCUMULATE[x.op].format(acc, value)}")
+
+    # -- instructions --
+
+    def _instr(self, i: int) -> None:
+        x = self.k.body[i]
+        if i in self.inline:
+            return
+        self._comment(x)
+        if isinstance(x, Store):
+            self._store(i, x)
+        else:
+            text = {
+                Load: self._load,
+                Const: self._const,
+                Iota: self._iota,
+                Apply: self._apply,
+                Reduce: self._reduce,
+            }[type(x)](i, x)
+            self._emit(f"{self.values[i]} = {text}")
+
+    def _comment(self, x: Instr) -> None:
+        if x.source and x.source != self.source:
+            self.source = x.source
+            self._emit(f"# {source_line(x.source)}")
+
+    def _load(self, i: int, x: Load) -> str:
+        offset, mask = self._offset(x.index), self._mask(x.index)
+        if x.mask is not None:
+            mask = [*mask, self.values[x.mask]]
+            offset = " + ".join(filter(None, [offset, "row * 0", "col * 0" if self.tile else ""]))
+        pointer = self.args[x.arg] + (f" + {offset}" if offset else "")
+        return f"tl.load({pointer}, mask={' & '.join(mask)}, other=0)" if mask else f"tl.load({pointer})"
+
+    def _mask(self, index: Index) -> list[str]:
+        """What must hold for an access to be inside; an address that no axis moves is always inside."""
+        return ["row_in"] * any(s != 0 for s in index.grid) + ["col_in"] * any(s != 0 for s in index.tile)
+
+    def _store(self, i: int, x: Store) -> None:
+        tiled = any(s != 1 for s in x.shape)
+        offset = " + ".join(
+            filter(None, [self._offset(x.index), "" if any(s != 0 for s in x.index.grid) else "row * 0"])
+        )
+        mask = " & ".join(["row_in"] + ["col_in"] * tiled)
+        self._emit(f"tl.store({self.args[x.arg]} + {offset}, {self._operand(x.x)}, mask={mask})")
+
+    def _iota(self, i: int, x: Iota) -> str:
+        return f"({self._offset(x.index) or 'row * 0'}).to(tl.int64)"
+
+    def _const(self, i: int, x: Const) -> str:
+        if isinstance(x.value, Dim):
+            return f"{_size(x.value)}.to(tl.{TYPES[x.dtype]})"
+        return _full([1, 1] if self.tile else [1], x.value, x.dtype)
+
+    def _apply(self, i: int, x: Apply) -> str:
+        args = [self._operand(j) for j in x.args]
+        operand = self.k.types[x.args[-1]][1]
+        if x.op == "cast":
+            return _cast(operand, x.dtype).format(*args)
+        template = TEMPLATES[x.op]
+        return (template if isinstance(template, str) else template(operand)).format(*args)
+
+    def _reduce(self, i: int, x: Reduce) -> str:
+        whole = self.schedule.cols == numel(x.shape) and self.k.types[x.x][0] == x.shape
+        value = self._operand(x.x)
+        return self._reduced(i, value if whole else f"tl.where(col_in, {value}, {self._neutral(i)})")
+
+    def _reduced(self, i: int, value: str) -> str:
+        op = self.k.body[i].op
+        if op == "sum":
+            return f"tl.sum({value}, axis=1)[:, None]"
+        if op in ("any", "all"):
+            return f"tl.reduce(({value}).to(tl.int32), 1, {_COMBINE[op]})[:, None] != 0"
+        return f"tl.reduce({value}, 1, {_COMBINE[op]})[:, None]"
+
+    def _neutral(self, i: int, shape: Sequence[int] = (1, 1)) -> str:
+        dtype = self.k.types[i][1]
+        return _full(list(shape), neutral(self.k.body[i].op, dtype), dtype)
+
+    # -- operands --
+
+    def _operand(self, i: int) -> str:
+        return _literal(self.k.body[i].value) if i in self.inline else self.values[i]
+
+    def _is_literal(self, i: int, x: Const) -> bool:
+        """True if the constant can stand as a number in every use: Triton then gives it the dtype of the other operand."""
+        uses = [u for u in self.k.body if i in u.inputs]
+        exact = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
+        return exact and abs(x.value) < 2**31 and all(self._takes_literal(i, u) for u in uses)
+
+    def _takes_literal(self, i: int, use: Instr) -> bool:
+        others = [j for j in use.inputs if j != i]
+        known = any(not isinstance(self.k.body[j], Const) for j in others)
+        return isinstance(use, Apply) and use.op in _INFIX and known
+
+
+def _size(x: Size) -> str:
+    """A size as source text."""
+    return x.python() if isinstance(x, Dim) else str(x)
+
+
+def _literal(x: float) -> str:
+    """A number as source text; negative ones in parentheses."""
+    text = (
+        f'float("{x}")'
+        if isinstance(x, float) and (x != x or x in (float("inf"), float("-inf")))
+        else repr(x)
+    )
+    return f"({text})" if text.startswith("-") else text
+
+
+def _full(shape: list[int], value: float, dtype: torch.dtype) -> str:
+    return f"tl.full({shape}, {_literal(value)}, tl.{TYPES[dtype]})"
+
+
+def _cast(old: torch.dtype, new: torch.dtype) -> str:
+    """A cast with ATen's meaning: to bool by `!= 0`, float to small integers and double to half through a wider type."""
+    if new is torch.bool:
+        return "{0} != 0"
+    steps = []
+    if old.is_floating_point and new is torch.uint8:
+        steps = ["int64"]
+    elif old.is_floating_point and new in (torch.int8, torch.int16):
+        steps = ["int32"]
+    elif old is torch.float64 and new in (torch.float16, torch.bfloat16):
+        steps = ["float32"]
+    return "{0}" + "".join(f".to(tl.{t})" for t in [*steps, TYPES[new]])
+
+
+def source_line(where: str) -> str:
+    """`file:line` as `name:line  text of the line`, the text where the file can be read."""
+    file, _, line = where.rpartition(":")
+    text = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
+    return f"{os.path.basename(file)}:{line}  {text}".rstrip()
+
+
+# ---- compile ----
+
+
+def programs(k: Kernel) -> Size:
+    """The number of programs that cover the grid."""
+    rows = schedule(k).rows
+    return (numel(k.grid) + (rows - 1)) // rows
+
+
+def load(k: Kernel, text: str) -> Callable:
+    """The jitted function of a kernel's source, which stays readable by tracebacks and by Triton."""
+    name = f"<fxfunc kernel {k.name} {hash(text) & 0xFFFFFFFF:x}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    scope: dict = {"__name__": "fxfunc_kernel"}
+    exec(builtins.compile(text, name, "exec"), scope)
+    return scope[k.name]
+
+
+def capability_of(target: str) -> int:
+    """`cuda:90` -> 90, or `BackendError`."""
+    found = re.fullmatch(r"cuda:(\d{2,3})", target)
+    if found is None or int(found[1]) not in CAPABILITIES:
+        known = ", ".join(f"cuda:{c}" for c in CAPABILITIES)
+        raise errors.BackendError(
+            backend="triton", what=f"no such target: {target!r}", instead=f"Use one of {known}."
+        )
+    return int(found[1])
+
+
+CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
+
+
+@functools.lru_cache(maxsize=512)
+def compile(k: Kernel, target: str = "cuda:90") -> Binary:
+    """The kernel for a target, compiled without a device."""
+    capability = capability_of(target)
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError as e:
+        raise errors.BackendError(
+            backend="triton", what="triton is not installed", instead="pip install triton."
+        ) from e
+    s, text = schedule(k), source(k)
+    types = [*(POINTERS[a.dtype] for a in k.args), *("i64" for _ in k.sizes)]
+    fn = load(k, text)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
+    ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
+    options = {"num_warps": s.warps, "maxnreg": s.maxnreg, "enable_fp_fusion": False}
+    done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
+    m, cubin = done.metadata, done.asm["cubin"]
+    used = resources(cubin, m.name)
+    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
+                  programs=programs(k), warps=s.warps, shared=m.shared, regs=used.regs, spills=used.stack,
+                  scratch=(m.global_scratch_size, m.global_scratch_align),
+                  profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
+
+
+def compile_graph(graph: Graph, target: str = "cuda:90") -> tuple[Graph, dict[str, Binary]]:
+    """The graph with its groups as `kernel` nodes, and each distinct kernel compiled, by name."""
+    capability_of(target)
+    fused = fuse(graph)
+    return fused, {k.name: compile(k, target) for k in kernels_of(fused)}
+
+
+def table(binaries: dict[str, Binary]) -> list[dict[str, object]]:
+    """A row a kernel: name, registers a thread, bytes of stack a thread (spills), shared memory, cubin bytes."""
+    return [{"name": name, "regs": b.regs, "spills": b.spills, "smem": b.shared, "size": len(b.cubin)}
+            for name, b in binaries.items()]  # fmt: skip

@@ -1,0 +1,58 @@
+"""Run as a script with TRITON_INTERPRET=1: every case's kernels, interpreted, against eager. Prints the cases that differ."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+
+from kernel_cases import (
+    OPS,
+    OPS_BF16,
+    OPS_F64,
+    PATTERNS,
+    Case,
+    assert_equal,
+    graph_of,
+    inputs_of,
+    kernel_of,
+    run,
+)
+
+from fxfunc.codegen.fuse import fuse
+from fxfunc.codegen.interpret import interpret
+
+
+def check_op(case: Case) -> None:
+    graph = graph_of(case)
+    k, operands = kernel_of(graph)
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        env = dict(zip(graph.inputs, inputs, strict=True))
+        assert_equal(interpret(k, [env[n] for n in operands], sizes), run(graph, inputs, sizes))
+
+
+def check_pattern(case: Case) -> None:
+    graph = graph_of(case)
+    fused = fuse(graph)
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=4)
+
+
+def failures(wanted: list[str]) -> Iterator[str]:
+    """Name and traceback of each case that fails."""
+    cases = [(check_op, c) for c in OPS + OPS_F64 + OPS_BF16] + [(check_pattern, c) for c in PATTERNS]
+    for check, case in cases:
+        if wanted and case.name not in wanted:
+            continue
+        try:
+            check(case)
+        except Exception:
+            yield f"{case.name}\n{traceback.format_exc(limit=-3)}"
+
+
+if __name__ == "__main__":
+    found = list(failures(sys.argv[1:]))
+    print("\n".join(found))
+    sys.exit(len(found) > 0)
