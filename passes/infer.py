@@ -28,7 +28,8 @@ def infer(op, args, kwargs):
     key = (op, typed(args, None), typed(kwargs, None) if kwargs else (), torch.get_default_dtype())
     found = _memo.get(key)
     if found is None:
-        _memo[key] = found = OWN[op](*args, **kwargs) if op in OWN else _infer_aten(op, args, kwargs)
+        found = (OWN.get(op) or KNOWN.get(op, _unknown))(*args, **kwargs)
+        _memo[key] = found = _infer_aten(op, args, kwargs) if found is None else found
     return found
 
 
@@ -183,4 +184,94 @@ OWN = {
     scan: _scan_vals,
     custom: lambda body, *rest, **kwargs: tuple(body.out_vals),
     linear_call: _linear_call_vals,
+}
+
+
+# ----- common calls, known without asking torch: its Python formulas for them would import torch._dynamo (~1 s) ---------
+
+def _unknown(*args, **kwargs):
+    return None
+
+
+def _matmul(a, b):
+    """mm and bmm of matching operands; anything else is left to torch and its error message."""
+    if a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] and (a.dtype, a.device) == (b.dtype, b.device):
+        return Val((*a.shape[:-1], b.shape[-1]), a.dtype, a.device)
+    return None
+
+
+def _add_matmul(c, a, b, *, beta=1, alpha=1):
+    out = _matmul(a, b)
+    if out is None or (c.dtype, c.device) != (out.dtype, out.device) or c.ndim > out.ndim:
+        return None
+    fits = all(s == t or s == 1 for s, t in zip(c.shape[::-1], out.shape[::-1], strict=False))
+    return out if fits else None
+
+
+def _reshape(a, shape):
+    return Val(tuple(shape), a.dtype, a.device) if -1 not in shape and numel(shape) == numel(a.shape) else None
+
+
+def _permute(a, dims):
+    order = [d % a.ndim for d in dims] if a.ndim else []
+    return Val(tuple(a.shape[d] for d in order), a.dtype, a.device) if sorted(order) == list(range(a.ndim)) else None
+
+
+def _elementwise(*args, **kwargs):
+    """Ops that keep a floating dtype: tensors of one dtype and device, real numbers."""
+    tensors = [a for a in args if isinstance(a, Val)]
+    first = tensors[0]
+    if not first.dtype.is_floating_point or any((t.dtype, t.device) != (first.dtype, first.device) for t in tensors):
+        return None
+    if any(isinstance(a, complex) for a in args):
+        return None
+    shape = broadcast([t.shape for t in tensors])
+    return None if shape is None else Val(shape, first.dtype, first.device)
+
+
+def broadcast(shapes) -> tuple | None:
+    """The common shape, or None if there is none."""
+    out = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for i, s in enumerate(shape, start=len(out) - len(shape)):
+            if isinstance(s, Dim) or s != 1:
+                if out[i] not in (1, s) or (isinstance(out[i], Dim) and out[i] != s):
+                    return None
+                out[i] = s
+    return tuple(out)
+
+
+def _sum(a, dims, keepdim=False, *, dtype=None):
+    if not dims or dtype is not None or not a.dtype.is_floating_point or not a.ndim:
+        return None
+    dims = {d % a.ndim for d in dims}
+    return Val(tuple(1 if i in dims else s for i, s in enumerate(a.shape) if keepdim or i not in dims), a.dtype, a.device)
+
+
+def _nll_loss(a, target, weight, reduction, ignore_index):
+    if a.ndim != 2 or target.ndim != 1 or a.shape[0] != target.shape[0] or weight is not None:
+        return None
+    scalar = Val((), a.dtype, a.device)
+    return (scalar if reduction else Val(target.shape, a.dtype, a.device)), scalar
+
+
+KNOWN = {
+    **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.exp.default,
+                     aten.log.default, aten.sin.default, aten.cos.default, aten.tanh.default, aten.sigmoid.default, aten.sqrt.default,
+                     aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default], _elementwise),
+    aten.sum.dim_IntList: _sum,
+    aten.mean.dim: _sum,
+    aten.mean.default: lambda a, *, dtype=None: Val((), a.dtype, a.device) if a.dtype.is_floating_point and not dtype else None,
+    aten.mm.default: lambda a, b: _matmul(a, b) if a.ndim == 2 else None,
+    aten.bmm.default: lambda a, b: _matmul(a, b) if a.ndim == 3 else None,
+    aten.addmm.default: lambda c, a, b, **kwargs: _add_matmul(c, a, b) if a.ndim == 2 else None,
+    aten.baddbmm.default: lambda c, a, b, **kwargs: _add_matmul(c, a, b) if a.ndim == 3 else None,
+    aten.reshape.default: _reshape,
+    aten.permute.default: _permute,
+    aten.relu.default: lambda a: a,
+    aten.mse_loss.default: lambda a, b, reduction=1: None if a != b else Val((), a.dtype, a.device) if reduction else a,
+    aten.nll_loss_forward.default: _nll_loss,
+    aten.threshold_backward.default: lambda ct, a, at: ct if ct == a else None,
+    aten._log_softmax.default: lambda a, dim, half: None if half or not a.dtype.is_floating_point else a,
+    aten._softmax.default: lambda a, dim, half: None if half or not a.dtype.is_floating_point else a,
 }

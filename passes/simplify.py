@@ -11,6 +11,7 @@ import math
 import torch
 
 from .dims import Dim, numel
+from .infer import broadcast
 from .record import Value, aten
 
 SIMPLIFY: dict = {}
@@ -238,29 +239,18 @@ def _peeled(x):
     return x
 
 
-def _broadcast_shape(xs):
-    rank = max(x.ndim for x in xs)
-    out = [1] * rank
-    for x in xs:
-        for i, s in enumerate(x.shape):
-            j = i + rank - x.ndim
-            if isinstance(s, Dim) or s != 1:
-                out[j] = s
-    return tuple(out)
-
-
 def _implicit(op, tensors: int):
     @rewrites(op)
     def row(*args, **kwargs):
         given = [a for a in args[:tensors] if isinstance(a, Value)]
         if len(given) < 2:
             return None
-        shape = _broadcast_shape(given)
+        shape = broadcast([x.shape for x in given])
         peeled = list(args)
         for i, a in enumerate(args[:tensors]):
             if isinstance(a, Value) and (p := _peeled(a)) is not a and (p.ndim > 0 or a.ndim == 0):
                 trial = [*peeled[:i], p, *peeled[i + 1:]]
-                if _broadcast_shape([x for x in trial[:tensors] if isinstance(x, Value)]) == shape:
+                if broadcast([x.shape for x in trial[:tensors] if isinstance(x, Value)]) == shape:
                     peeled = trial
         if all(p is a for p, a in zip(peeled, args, strict=True)):
             return None
