@@ -10,10 +10,7 @@ from fxfunc.passes import errors
 from fxfunc.passes.graph import Graph
 from fxfunc.passes.pipeline import for_aten, lowered
 
-try:
-    from . import eager
-except ImportError:
-    import interp as eager
+from . import eager
 
 BACKENDS = ("eager", "triton")
 

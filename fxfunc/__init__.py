@@ -4,6 +4,7 @@ from fxfunc.passes import errors as errors
 from fxfunc.passes import rules as _rules
 from fxfunc.passes.dims import Dim as Dim
 
+from .artifact import load as load
 from .control import fori_loop as fori_loop
 from .control import scan as scan
 from .jit import Compiled as Compiled

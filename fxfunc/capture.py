@@ -11,10 +11,7 @@ import dataclasses
 import torch
 from torch.utils import _pytree as pytree
 
-try:
-    from fxfunc.codegen import eager
-except ImportError:
-    import interp as eager
+from fxfunc.codegen import eager
 from fxfunc.passes import errors
 from fxfunc.passes.graph import Graph, Val
 from fxfunc.passes.infer import rewriting

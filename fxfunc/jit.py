@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxfunc.codegen import backends
+from fxfunc.codegen.backends import Program
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim
 from fxfunc.passes.dump import saw
@@ -20,6 +21,7 @@ from fxfunc.passes.trace import current, val_of
 
 from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of
 from .guards import Guards, signature
+from .signature import TENSOR, Signature
 
 CacheInfo = namedtuple("CacheInfo", "hits misses maxsize currsize")
 Capture = namedtuple("Capture", "name shape dtype source tensor")
@@ -161,7 +163,9 @@ class _Jit:
         vals = [x.val if isinstance(x, Spec) else val_of(x) for x in leaves if isinstance(x, (Spec, torch.Tensor))]
         start = time.perf_counter()
         captured = capture(f, examples, tree, vals, tracks=[x.requires_grad for x in examples if is_tensor(x)])
-        return Lowered(captured, tree, [is_tensor(x) or x for x in examples], vals, {"capture": time.perf_counter() - start})
+        signature = Signature(tree, tuple(TENSOR if is_tensor(x) else x for x in examples), tuple(vals), captured.out_spec,
+                              tuple(TENSOR if t else x for t, x in zip(captured.tensor_flags, captured.out_leaves, strict=True)))
+        return Lowered(captured, signature, {"capture": time.perf_counter() - start})
 
 
 def _compile_with(entry: _Entry):
@@ -198,18 +202,15 @@ def _modes() -> tuple:
 
 
 class Lowered:
-    """A captured function: `.graph` (after the transforms, before any backend), `.captures`, `.compile(...)`."""
+    """A captured function: `.graph` (after the transforms, before any backend), `.compile(...)` and `.captures`, the tensors it
+    closes over (name, shape, dtype, the user's line, the tensor)."""
 
-    def __init__(self, captured: Captured, in_spec, template, in_vals, timings):
-        self._captured, self.in_spec, self.template, self.in_vals, self.timings = captured, in_spec, template, in_vals, timings
+    def __init__(self, captured: Captured, signature: Signature, timings: dict[str, float]):
         self.graph: Graph = saw("captured", captured.graph)
-
-    @property
-    def captures(self) -> list[Capture]:
-        """Tensors the function closes over: name, shape, dtype, the user's line, and the tensor."""
-        nodes = self.graph.inputs[len(self.in_vals):]
-        return [Capture(n.name, tuple(t.shape), t.dtype, source, t)
-                for n, t, source in zip(nodes, self._captured.captures, self._captured.sources, strict=True)]
+        self.signature, self.timings = signature, timings
+        nodes = self.graph.inputs[len(signature.in_vals):]
+        self.captures = [Capture(n.name, tuple(t.shape), t.dtype, source, t)
+                         for n, t, source in zip(nodes, captured.captures, captured.sources, strict=True)]
 
     def as_text(self) -> str:
         """The graph as typed text."""
@@ -222,17 +223,20 @@ class Lowered:
         """
         device = next((v.device.type for v in self.graph.in_vals), "cpu")
         program = backends.compile(self.graph, backend, target, device)
-        return Compiled(program, self, self.timings | program.timings)
+        return Compiled(program, self.signature, self.captures, self.graph, self.timings | program.timings)
 
 
 class Compiled:
-    """A compiled function: callable with the structure it was lowered for; `.save(path)`, `.kernels`, `.backend`, `.target`."""
+    """A compiled function: callable with the structure it was lowered for; `.save(path)`, `.kernels`, `.backend`, `.target`.
 
-    loaded_as = None
+    `loaded_as` says how a loaded one runs ("eager", "rebuilt", "native"); None for one compiled here.
+    """
 
-    def __init__(self, program, lowered: Lowered, timings: dict[str, float]):
-        self._program, self._lowered, self.timings = program, lowered, timings
+    def __init__(self, program: Program, signature: Signature, captures: list[Capture], graph: Graph | None, timings, loaded_as=None):
+        self._program, self.signature, self.captures, self._graph = program, signature, captures, graph
+        self.timings, self.loaded_as = timings, loaded_as
         self.backend, self.target, self.graph = program.backend, program.target, program.graph
+        self._closed = [c.tensor for c in captures]
 
     @property
     def kernels(self) -> list:
@@ -240,45 +244,22 @@ class Compiled:
         return self._program.kernels
 
     def __call__(self, *args, **kwargs):
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        tensors = check_call(leaves, tree, self._lowered.in_spec, self._lowered.template, self._lowered.in_vals)
-        inputs = [*tensors, *self._lowered._captured.captures]
-        results = run(self._lowered.graph, self._compile, inputs)
-        return self._lowered._captured.outputs(results)
+        inputs = [*self.signature.tensors(args, kwargs), *self._closed]
+        if self._program.call is None:
+            raise errors.BackendError(backend=self.backend, what=f"compiled for {self.target}, which this machine has not",
+                                      instead="Save it and load it on a machine with that device.")
+        if self._graph is not None:
+            return self.signature.outputs(run(self._graph, self._compile, inputs))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            raise errors.NotSupported(what="differentiating through a loaded artifact",
+                                      instead="Call it under torch.no_grad(), or compile the derivative into the artifact.")
+        return self.signature.outputs(self._program.call(inputs))
 
     def _compile(self, graph: Graph):
-        return self._program.call if graph is self._lowered.graph else compiled(graph)
+        return self._program.call if graph is self._graph else compiled(graph)
 
+    def save(self, path, *, captures: str = "error", key: bytes | None = None) -> None:
+        """Write an artifact, atomically. See `fxfunc.artifact.save`."""
+        from . import artifact
 
-def check_call(leaves, tree, expected_tree, template, vals) -> list[torch.Tensor]:
-    """The tensors of a call that must have a given structure; symbolic sizes must agree among themselves."""
-    expected = ", ".join(map(str, vals))
-    if tree != expected_tree:
-        raise errors.StructureMismatch(what=f"the arguments have the structure {tree}, not {expected_tree}", expected=expected)
-    for x, t in zip(leaves, template, strict=True):
-        if t is not True and (type(x) is not type(t) or x != t):
-            raise errors.StructureMismatch(what=f"a plain argument is {x!r}, the function was compiled for {t!r}", expected=expected)
-    tensors = [x for x, t in zip(leaves, template, strict=True) if t is True]
-    sizes: dict[str, int] = {}
-    for i, (x, v) in enumerate(zip(tensors, vals, strict=True)):
-        if not (is_tensor(x) and x.dtype == v.dtype and x.device == v.device and _fits(x.shape, v.shape, sizes)):
-            raise errors.StructureMismatch(what=f"tensor argument {i} is {val_of(x) if is_tensor(x) else type(x).__name__}, not {v}", expected=expected)
-    return tensors
-
-
-def _fits(shape, expected, sizes: dict[str, int]) -> bool:
-    """Match a shape, binding the names of symbolic sizes; expressions must hold for the bound ones."""
-    if len(shape) != len(expected):
-        return False
-    for s, e in zip(shape, expected, strict=True):
-        if isinstance(e, Dim):
-            names = e.names()
-            if e == Dim(next(iter(names))) if len(names) == 1 else False:
-                e = sizes.setdefault(next(iter(names)), s)
-            elif names <= sizes.keys():
-                e = e.at(sizes)
-            else:
-                continue
-        if s != e:
-            return False
-    return True
+        artifact.save(self, path, captures=captures, key=key)

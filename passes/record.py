@@ -7,7 +7,7 @@ Methods of a Value are ATen ops by name; the overload is chosen by the types of 
 from __future__ import annotations
 
 import contextlib
-import threading
+import keyword
 
 import torch
 from torch.fx import Node
@@ -181,10 +181,6 @@ def _fits(declared: str, kind: str) -> bool:
     return kind not in ("value", "values", "list")
 
 
-class _Current(threading.local):
-    builder: Builder | None = None
-
-
 class Builder:
     """Grows a graph. With `rewrites`, each call is first offered to the algebra (simplify.py) and equal calls are shared."""
 
@@ -235,7 +231,8 @@ class Builder:
         return node
 
     def _name(self, base: str) -> str:
-        base = base.rstrip("_0123456789") or "v"
+        base = base.strip("_0123456789") or "v"
+        base = f"v{base}" if keyword.iskeyword(base) or base in ("torch", "range", "inf", "nan") else base
         count = self.counts[base] = self.counts.get(base, 0) + 1
         return base if count == 1 else f"{base}_{count}"
 

@@ -1,0 +1,76 @@
+"""What a compiled function takes and gives: pytrees whose tensors have fixed types, checked at every call."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxfunc.passes import errors
+from fxfunc.passes.dims import Dim
+from fxfunc.passes.graph import Val
+
+
+class _Tensor:
+    """Stands where a tensor goes in a template."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+TENSOR = _Tensor()
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Structures of arguments `(args, kwargs)` and result; leaves are `TENSOR` or the plain value that belongs there."""
+
+    in_spec: pytree.TreeSpec
+    in_leaves: tuple
+    in_vals: tuple[Val, ...]
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple
+
+    def tensors(self, args, kwargs) -> list[torch.Tensor]:
+        """The tensors of a call. Raises StructureMismatch; symbolic sizes must agree among themselves."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise self._mismatch(f"the arguments have the structure {spec}, not {self.in_spec}")
+        for x, expected in zip(leaves, self.in_leaves, strict=True):
+            if expected is not TENSOR and (type(x) is not type(expected) or x != expected):
+                raise self._mismatch(f"a plain argument is {x!r}, the function was compiled for {expected!r}")
+        tensors = [x for x, expected in zip(leaves, self.in_leaves, strict=True) if expected is TENSOR]
+        sizes: dict[str, int] = {}
+        for i, (x, v) in enumerate(zip(tensors, self.in_vals, strict=True)):
+            if not isinstance(x, torch.Tensor):
+                raise self._mismatch(f"tensor argument {i} is a {type(x).__name__}, not {v}")
+            if x.dtype != v.dtype or x.device != v.device or not _fits(x.shape, v.shape, sizes):
+                raise self._mismatch(f"tensor argument {i} is {Val(tuple(x.shape), x.dtype, x.device)}, not {v}")
+        return tensors
+
+    def outputs(self, tensors: list):
+        """The result made of these tensors."""
+        tensors = iter(tensors)
+        return pytree.tree_unflatten([next(tensors) if x is TENSOR else x for x in self.out_leaves], self.out_spec)
+
+    def _mismatch(self, what: str) -> errors.StructureMismatch:
+        return errors.StructureMismatch(what=what, expected=", ".join(map(str, self.in_vals)))
+
+
+def _fits(shape, expected, sizes: dict[str, int]) -> bool:
+    """Match a shape, binding the names of symbolic sizes; an expression in bound names must hold."""
+    if len(shape) != len(expected):
+        return False
+    for s, e in zip(shape, expected, strict=True):
+        if isinstance(e, Dim):
+            names = sorted(e.names())
+            if e == Dim(names[0]):
+                e = sizes.setdefault(names[0], s)
+            elif set(names) <= sizes.keys():
+                e = e.at(sizes)
+            else:
+                continue
+        if s != e:
+            return False
+    return True
