@@ -1,9 +1,9 @@
 """Composable function transforms for PyTorch as passes over FX graphs."""
 
-from fxfunc.passes import errors as errors
 from fxfunc.passes import rules as _rules
 from fxfunc.passes.dims import Dim as Dim
 
+from . import errors as errors
 from .artifact import load as load
 from .control import fori_loop as fori_loop
 from .control import scan as scan

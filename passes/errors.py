@@ -137,3 +137,6 @@ class BackendError(FxfuncError, RuntimeError):
 class InvalidGraph(FxfuncError, AssertionError):
     message = "invalid graph after {after}: {what}"
     fix = "This is a fault of fxfunc: please report it with the dump written by FXFUNC_DUMP=dir."
+
+
+__all__ = [name for name, x in list(globals().items()) if isinstance(x, type) and issubclass(x, FxfuncError)]
