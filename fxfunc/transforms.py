@@ -456,15 +456,24 @@ def _vmap(func, in_dims, out_dims, randomness, args, kwargs):
         if is_tensor(x):
             v = val_of(x)
             vals.append(v if d is None else Val(v.shape[:d] + v.shape[d + 1:], v.dtype, v.device))
-    captured = capture(func, leaves, spec, vals, randomness=randomness)
+    captured = capture(func, leaves, spec, vals, randomness=randomness, refuse=False)
+    tensors = [x for x in leaves if is_tensor(x)]
     tensor_dims = [d for x, d in zip(leaves, dims, strict=True) if is_tensor(x)]
-    out = _out_dims(out_dims, captured)
-    graph = _map_graph(captured.graph, tuple(tensor_dims), tuple(out), length, randomness, _full_vals(leaves))
-    return captured.outputs(execute(graph, [x for x in leaves if is_tensor(x)] + captured.captures))
+    written = _written_args(captured, tensor_dims)
+    out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in written]
+    graph = _map_graph(captured.graph, tuple(tensor_dims), tuple(out), length, randomness, tuple(vals_of(leaves)))
+    results = execute(graph, tensors + captured.captures)
+    for i, value in zip(written, results[len(results) - len(written):], strict=True):
+        tensors[i].copy_(value)
+    return captured.outputs(results)
 
 
-def _full_vals(leaves) -> tuple[Val, ...]:
-    return tuple(vals_of(leaves))
+def _written_args(captured: Captured, dims) -> tuple[int, ...]:
+    """The mapped arguments that the function writes to in place; writing to anything else raises."""
+    for i in captured.graph.written:
+        if i >= len(dims) or dims[i] is None:
+            raise errors.MutatedCapture(op="the mapped function")
+    return captured.graph.written
 
 
 @rewriting
@@ -517,19 +526,19 @@ def _length(leaves, dims):
 
 
 def _out_dims(out_dims, captured: Captured) -> list[int | None]:
-    count = len(captured.graph.outputs)
+    """One dim (non-negative) or None per output tensor."""
+    outputs = captured.graph.outputs[: len(captured.graph.outputs) - len(captured.graph.written)]
     if any(not is_tensor_mark for is_tensor_mark in captured.tensor_flags):
         raise errors.TypeOfArgument(what="vmap: the mapped function must return only tensors",
                                     instead="Return tensors, or return other values from outside vmap.")
     flat = pytree._broadcast_to_and_flatten(out_dims, captured.out_spec)
     if flat is None:
         raise errors.BadOutDims(what=f"out_dims {out_dims!r} does not match the structure of the outputs ({captured.out_spec})")
-    for d, node in zip(flat, captured.graph.outputs, strict=True):
+    for d, node in zip(flat, outputs, strict=True):
         ndim = node.meta["val"].ndim + 1
         if d is not None and (not isinstance(d, int) or not -ndim <= d < ndim):
             raise errors.BadOutDims(what=f"out_dims holds {d!r} for an output with {ndim} dimensions")
-    assert len(flat) == count
-    return [d if d is None else d % (n.meta["val"].ndim + 1) for d, n in zip(flat, captured.graph.outputs, strict=True)]
+    return [d if d is None else d % (n.meta["val"].ndim + 1) for d, n in zip(flat, outputs, strict=True)]
 
 
 def stop_gradient(x):

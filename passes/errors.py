@@ -114,9 +114,8 @@ class UnsupportedInside(FxfuncError, RuntimeError):
 
 
 class MutatedCapture(FxfuncError, RuntimeError):
-    message = ("{op} writes in place to a tensor that the transformed function closes over; "
-               "the change would be lost (vmap: in-place arithmetic on an unbatched tensor)")
-    fix = "Pass the tensor as an argument and return its new value."
+    message = "{op} writes in place to an input of the transform or to a tensor its function closes over; the change would be lost"
+    fix = "Write to a clone of it, and return the new value."
 
 
 class TypeOfArgument(FxfuncError, TypeError, ValueError, RuntimeError):

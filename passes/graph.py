@@ -111,6 +111,7 @@ class Graph:
         self.inputs: tuple[Node, ...] = tuple(n for n in fx.nodes if n.op == "placeholder")
         output = next(iter(reversed(fx.nodes)))
         self.outputs: tuple[Node | None, ...] = tuple(output.args[0])
+        self.written: tuple[int, ...] = ()  # inputs whose new values are the last outputs (a capture that writes in place)
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
