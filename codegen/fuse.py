@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import Node
 
+from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size, numel
 from fxfunc.passes.graph import Graph, Op, Val, getitem, substitute
 from fxfunc.passes.infer import OWN
@@ -96,12 +97,21 @@ def _two_phase(b: Builder, node: Node, x: Value) -> Value:
     split = Val((*shape[:dim], count, chunk, *shape[dim + 1 :]), x.dtype, x.device)
     parts = _call(b, chunked, (x, dim, chunk, neutral(op, x.dtype)), {}, split)
     partial = _reduce(b, op, parts, [d + (d > dim) for d in dims if d != dim] + [dim + 1], acc)
+    if not _lowers(partial.node):  # the chunks cut across a view
+        return Value(node, b)
     total = _reduce(b, op, partial, [dim - sum(d < dim for d in dims)], acc)
     if node.target in (aten.mean.dim, aten.mean.default):
         total = b.emit(aten.div.Tensor, (total, numel(shape[d] for d in dims)))
     if node.meta["val"].ndim != total.ndim:
         total = b.emit(aten.reshape.default, (total, list(node.meta["val"].shape)))
     return total.to(node.meta["val"].dtype)
+
+
+def _lowers(node: Node) -> bool:
+    try:
+        return bool(lower([node], [node]))
+    except NotFusable:
+        return False
 
 
 def _reduce(b: Builder, op: str, x: Value, dims: list[int], acc: torch.dtype) -> Value:
@@ -239,13 +249,17 @@ class _Fused:
         }
         ready = [(g.order[w[0]], w) for w, deps in waiting.items() if not deps]
         heapq.heapify(ready)
+        done = 0
         while ready:
             _, group = heapq.heappop(ready)
+            done += 1
             yield group
             for w in dict.fromkeys(g.group[u] for n in group for u in g.users[n] if g.group[u] is not group):
                 waiting[w] -= set(group)
                 if not waiting[w]:
                     heapq.heappush(ready, (g.order[w[0]], w))
+        if done != len(waiting):
+            raise errors.InvalidGraph(after="fuse", what="the groups depend on each other in a cycle")
 
     def _get(self, node: Node) -> Node:
         return self.env[node] if node in self.env else self._copy(node)

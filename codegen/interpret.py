@@ -54,6 +54,20 @@ def _install() -> None:
     for name, f in _TORCH.items():
         if hasattr(libdevice, name):
             setattr(libdevice, name, _on_blocks(f))
+    _accept_numpy_2_4()
+
+
+def _accept_numpy_2_4() -> None:
+    """Triton 3.6 reads the bound of a loop by int(array of one), which newer numpy refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: object) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def _on_blocks(f: Callable[..., Tensor]) -> Callable:

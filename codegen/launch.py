@@ -1,4 +1,4 @@
-"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel and its metadata), `launch`.
+"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`, `bind`.
 
 Needs neither Triton nor a C compiler. The parameters of a Triton kernel are its runtime arguments in order, then two
 pointers: global scratch and profile scratch, null where the kernel uses none. Kernels run on torch's current stream.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import Size, at
+from fxfunc.passes.dims import Size, at, numel
 
 from .loops import Kernel
 
@@ -26,7 +27,7 @@ _ALIGNMENT = 16  # bytes; the kernels are compiled for pointers that are so alig
 _SCALARS = {"i64": ctypes.c_int64, "i32": ctypes.c_int32, "fp32": ctypes.c_float, "fp64": ctypes.c_double}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Binary:
     """A kernel compiled for a target: code, source, and what a launch needs. `types` are those of the parameters in order."""
 
@@ -37,13 +38,18 @@ class Binary:
     ptx: str = dataclasses.field(repr=False)
     source: str = dataclasses.field(repr=False)
     types: tuple[str, ...]
-    programs: Size
+    rows: int  # of the grid, a program
     warps: int
     shared: int
     regs: int
     spills: int
     scratch: tuple[int, int] = (0, 1)  # bytes a program, alignment
     profile: tuple[int, int] = (0, 1)
+
+    @property
+    def programs(self) -> Size:
+        """How many programs cover the grid."""
+        return (numel(self.kernel.grid) + (self.rows - 1)) // self.rows
 
     @property
     def size(self) -> int:
@@ -54,6 +60,26 @@ class Binary:
     def smem(self) -> int:
         """Bytes of shared memory a program."""
         return self.shared
+
+    def files(self) -> dict[str, bytes]:
+        """What an artifact keeps of it; `read` is the inverse."""
+        meta = {name: getattr(self, name) for name in _META} | {"kernel": str(self.kernel)}
+        return {"kernel.cubin": self.cubin, "kernel.ptx": self.ptx.encode(), "kernel.py": self.source.encode(),
+                "launch.json": json.dumps(meta, indent=1).encode()}  # fmt: skip
+
+
+_META = ("name", "target", "types", "rows", "warps", "shared", "regs", "spills", "scratch", "profile")
+
+
+def read(kernel: Kernel, files: dict[str, bytes]) -> Binary:
+    """The binary of `kernel` from its files; `BackendError` if they are of another kernel."""
+    meta = json.loads(files["launch.json"])
+    if meta.pop("kernel") != str(kernel):
+        what = f"the files of {meta['name']} were compiled from another kernel"
+        raise errors.BackendError(backend="triton", what=what, instead="Compile it again.")
+    pairs = {name: tuple(meta.pop(name)) for name in ("types", "scratch", "profile")}
+    return Binary(kernel=kernel, cubin=files["kernel.cubin"], ptx=files["kernel.ptx"].decode(),
+                  source=files["kernel.py"].decode(), **meta, **pairs)  # fmt: skip
 
 
 class Driver:
@@ -109,10 +135,25 @@ def driver() -> Driver:
 def launch(binary: Binary, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
     """The outputs of a kernel on CUDA tensors, in order of its output arguments."""
     device = operands[0].device
-    check_device(binary, torch.cuda.get_device_capability(device))
+    _check_once(binary, device)
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         return start(driver(), binary, operands, sizes, device.index or 0, stream)
+
+
+def bind(binary: Binary) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The kernel as a function of its operands and, by name, its sizes; one output is not a tuple."""
+
+    def call(*operands: Tensor, **sizes: int) -> Tensor | tuple[Tensor, ...]:
+        outputs = launch(binary, operands, sizes)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return call
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_once(binary: Binary, device: torch.device) -> None:
+    check_device(binary, torch.cuda.get_device_capability(device))
 
 
 def check_device(binary: Binary, capability: tuple[int, int]) -> None:

@@ -354,6 +354,7 @@ def verify(k: Kernel) -> Kernel:
     for i, instr in enumerate(k.body):
         if any(not 0 <= j < i or isinstance(k.body[j], Store) for j in instr.inputs):
             _fail(k, i, "reads a value that is not there")
+    for i, instr in enumerate(k.body):
         _VERIFY.get(type(instr), lambda *_: None)(k, i, instr)
     stored = [x.arg for x in k.body if isinstance(x, Store)]
     if sorted(stored) != [i for i, a in enumerate(k.args) if a.output]:

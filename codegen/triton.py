@@ -92,6 +92,8 @@ HELPERS = {
 
 # ---- blocks ----
 
+MANY_PROGRAMS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -122,12 +124,19 @@ def schedule(k: Kernel) -> Schedule:
     width, fixed = _power(_estimate(n)), not isinstance(n, Dim)
     if any(isinstance(x, Load) and x.index.tile[-1] == 1 for x in k.body):
         cols = min(width, 4096 if fixed else 1024)
-        block = min(_power(rows), 64, max(1, 1024 // cols))
+        block = _enough_programs(rows, min(_power(rows), 64, max(1, 1024 // cols)), 256 // cols)
     else:
-        block = min(_power(rows), 64)
-        cols = min(width, 32 if block >= 32 else 1024 // block)
+        block = _enough_programs(rows, min(_power(rows), 64), 16)
+        cols = min(width, 1024 // block)
     looped = not fixed or cols < n
     return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide)
+
+
+def _enough_programs(rows: int, block: int, least: int) -> int:
+    """The block, halved while there are fewer programs than a large device has processors."""
+    while block > max(1, least) and rows < block * MANY_PROGRAMS:
+        block //= 2
+    return block
 
 
 def tile_of(k: Kernel) -> tuple[Size, ...]:
@@ -175,7 +184,10 @@ class _Emitter:
         self.indent = "    "
         self.source = ""
         self.depth = self._depths()
-        self.inline = {i for i, x in enumerate(k.body) if isinstance(x, Const) and self._is_literal(i, x)}
+        self.consts = {i for i, x in enumerate(k.body) if isinstance(x, Const)}
+        self.inline = {
+            i for i in self.consts if all(self._is_literal(i, use) for use in k.body if i in use.inputs)
+        }
 
     def lines(self) -> list[str]:
         """The function, line by line."""
@@ -279,7 +291,7 @@ class _Emitter:
     def _accumulate(self, i: int) -> None:
         x, acc = self.k.body[i], self.values[i]
         self._comment(x)
-        value = f"tl.where(col_in, {self._operand(x.x)}, {self._neutral(i)})"
+        value = f"tl.where(col_in, {self._operand(x.x, x)}, {self._neutral(i)})"
         self._emit(f"{acc} = {_ACCUMULATE[x.op].format(acc, value)}")
 
     # -- instructions --
@@ -324,7 +336,7 @@ class _Emitter:
             filter(None, [self._offset(x.index), "" if any(s != 0 for s in x.index.grid) else "row * 0"])
         )
         mask = " & ".join(["row_in"] + ["col_in"] * tiled)
-        self._emit(f"tl.store({self.args[x.arg]} + {offset}, {self._operand(x.x)}, mask={mask})")
+        self._emit(f"tl.store({self.args[x.arg]} + {offset}, {self._operand(x.x, x)}, mask={mask})")
 
     def _iota(self, i: int, x: Iota) -> str:
         return f"({self._offset(x.index) or 'row * 0'}).to(tl.int64)"
@@ -335,7 +347,7 @@ class _Emitter:
         return _full([1, 1] if self.tile else [1], x.value, x.dtype)
 
     def _apply(self, i: int, x: Apply) -> str:
-        args = [self._operand(j) for j in x.args]
+        args = [self._operand(j, x) for j in x.args]
         operand = self.k.types[x.args[-1]][1]
         if x.op == "cast":
             return _cast(operand, x.dtype).format(*args)
@@ -344,7 +356,7 @@ class _Emitter:
 
     def _reduce(self, i: int, x: Reduce) -> str:
         whole = self.schedule.cols == numel(x.shape) and self.k.types[x.x][0] == x.shape
-        value = self._operand(x.x)
+        value = self._operand(x.x, x)
         return self._reduced(i, value if whole else f"tl.where(col_in, {value}, {self._neutral(i)})")
 
     def _reduced(self, i: int, value: str) -> str:
@@ -361,24 +373,22 @@ class _Emitter:
 
     # -- operands --
 
-    def _operand(self, i: int) -> str:
-        return _literal(self.k.body[i].value) if i in self.inline else self.values[i]
+    def _operand(self, i: int, use: Instr) -> str:
+        x = self.k.body[i]
+        return _literal(x.value) if isinstance(x, Const) and self._is_literal(i, use) else self.values[i]
 
-    def _is_literal(self, i: int, x: Const) -> bool:
-        """True if the constant can stand as a number in every use: Triton then gives it the dtype of the other operand."""
-        uses = [u for u in self.k.body if i in u.inputs]
-        exact = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
-        return exact and abs(x.value) < 2**31 and all(self._takes_literal(i, u) for u in uses)
-
-    def _takes_literal(self, i: int, use: Instr) -> bool:
-        others = [j for j in use.inputs if j != i]
-        known = any(not isinstance(self.k.body[j], Const) for j in others)
-        return isinstance(use, Apply) and use.op in _INFIX and known
+    def _is_literal(self, i: int, use: Instr) -> bool:
+        """True if the constant can stand as a number there: Triton then gives it the dtype of the other operand."""
+        x = self.k.body[i]
+        plain = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
+        beside = isinstance(use, Apply) and use.op in _INFIX and any(j not in self.consts for j in use.args)
+        return plain and beside and abs(x.value) < 2**31
 
 
 def _size(x: Size) -> str:
     """A size as source text."""
-    return x.python() if isinstance(x, Dim) else str(x)
+    text = x.python() if isinstance(x, Dim) else str(x)
+    return text[1:-1] if text[1:-1].isidentifier() else text
 
 
 def _literal(x: float) -> str:
@@ -453,8 +463,9 @@ def compile(k: Kernel, target: str = "cuda:90") -> Binary:
     """The kernel for a target, compiled without a device."""
     capability = capability_of(target)
     try:
-        import triton
         from triton.backends.compiler import GPUTarget
+
+        import triton
     except ImportError as e:
         raise errors.BackendError(
             backend="triton", what="triton is not installed", instead="pip install triton."
@@ -469,7 +480,7 @@ def compile(k: Kernel, target: str = "cuda:90") -> Binary:
     m, cubin = done.metadata, done.asm["cubin"]
     used = resources(cubin, m.name)
     return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
-                  programs=programs(k), warps=s.warps, shared=m.shared, regs=used.regs, spills=used.stack,
+                  rows=s.rows, warps=s.warps, shared=m.shared, regs=used.regs, spills=used.stack,
                   scratch=(m.global_scratch_size, m.global_scratch_align),
                   profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
 

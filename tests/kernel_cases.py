@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -264,3 +265,74 @@ PATTERNS: list[Case] = [
     Case("two_phase_amax", lambda x: (-x).call(aten.amax.default, [0]) * 2, (In(F32, (100003,)),)),
     Case("two_phase_columns", lambda x: (x * 2).sum([0]), (In(F32, (3000, 24)),)),
 ]  # fmt: skip
+
+
+# ---- random programs ----
+
+_SHAPES = ((T, 4, 6), (4, 6), (T, 1, 6), (6,), (T, 4, 1), ())
+_SMOOTH = ("sin", "tanh", "abs", "neg", "relu", "sigmoid", "exp", "erf")
+
+
+def random_case(seed: int, dtype: torch.dtype = F64) -> Case:
+    """A program of about fifteen random calls: elementwise with broadcasting, views, reductions, choices, integers."""
+    rng = random.Random(seed)
+    inputs = tuple(
+        In(dtype if rng.random() < 0.75 else rng.choice((I64, BOOL)), rng.choice(_SHAPES)) for _ in range(4)
+    )
+
+    def f(*xs: Value) -> tuple:
+        grown = random.Random(seed + 1)
+        pool = [x.to(dtype) if grown.random() < 0.8 else x for x in xs]
+        for _ in range(15):
+            pool.append(_random_step(grown, pool, dtype))
+        chosen = [v for v in pool[-4:] if v.dtype == dtype]
+        return tuple(dict.fromkeys(chosen)) or (pool[-1].to(dtype) * 2,)
+
+    return Case(f"random-{seed}-{str(dtype)[6:]}", f, inputs, ({"T": 0}, {"T": 1}, {"T": 5}))
+
+
+def _random_step(rng: random.Random, pool: list[Value], dtype: torch.dtype) -> Value:
+    x = rng.choice(pool[-6:])
+    kind = rng.choice(
+        ("smooth", "smooth", "binary", "binary", "binary", "choose", "view", "view", "reduce", "integer")
+    )
+    if kind == "binary" or kind == "choose":
+        y = next((y for y in rng.sample(pool, len(pool)) if _broadcasts(x.shape, y.shape)), x)
+        a, b = x.to(dtype), y.to(dtype)
+        if kind == "choose":
+            return (a > b).where(a * 0.5, b)
+        return rng.choice(
+            (lambda: a + b, lambda: a * b, lambda: a - b, lambda: a.call(aten.maximum.default, b))
+        )()
+    if kind == "view":
+        return _random_view(rng, x)
+    if kind == "reduce" and x.ndim:
+        dims = sorted(rng.sample(range(x.ndim), rng.randint(1, x.ndim)))
+        if any(isinstance(x.shape[d], Dim) for d in dims) or rng.random() < 0.5:
+            return x.to(dtype).sum(dims, rng.random() < 0.5) * 0.25
+        return x.to(dtype).call(aten.amax.default, dims, rng.random() < 0.5)
+    if kind == "integer":
+        return (x.to(dtype) * 3).to(I64)
+    return x.to(dtype).call(getattr(aten, rng.choice(_SMOOTH)).default).call(aten.clamp.default, -3.0, 3.0)
+
+
+def _random_view(rng: random.Random, x: Value) -> Value:
+    shape = list(x.shape)
+    if not shape:
+        return x.expand(4, 6)
+    choice = rng.randrange(6)
+    if choice == 0:
+        return x.permute(rng.sample(range(x.ndim), x.ndim))
+    if choice == 1 and len(shape) > 1:
+        return x.reshape([shape[0] * shape[1], *shape[2:]])
+    if choice == 2 and shape[-1] in (4, 6, 24):
+        return x.reshape([*shape[:-1], shape[-1] // 2, 2])
+    if choice == 3 and shape[-1] in (4, 6, 24):
+        return x.call(aten.slice.Tensor, x.ndim - 1, 1, shape[-1], 2)
+    if choice == 4 and not isinstance(shape[-1], Dim):
+        return x.call(aten.select.int, x.ndim - 1, -1)
+    return x.expand([3, *shape]) if x.ndim < 4 else x
+
+
+def _broadcasts(a: tuple, b: tuple) -> bool:
+    return all(s == t or 1 in (s, t) for s, t in zip(reversed(a), reversed(b), strict=False))

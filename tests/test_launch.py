@@ -1,0 +1,191 @@
+"""The launcher: what it asks of libcuda, argument by argument, with a driver that only records; the rest on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import F16, F32, PATTERNS, T, assert_equal, graph_of, inputs_of, run
+
+from fxfunc.codegen import launch
+from fxfunc.codegen.fuse import fuse
+from fxfunc.codegen.loops import Arg, Kernel
+from fxfunc.passes import errors
+from fxfunc.passes.errors import BackendError
+
+U64, I64 = ctypes.c_uint64, ctypes.c_int64
+PARAMETERS = (U64, U64, U64, I64, U64, U64)  # of `binary`: three pointers, T, two pointers to scratch
+
+
+class RecordingDriver:
+    """libcuda as far as the launcher knows: calls succeed and are recorded, handles are numbers.
+
+    `launches` holds grid, block, shared memory and stream of each launch, and its parameters read as `PARAMETERS`.
+    """
+
+    def __init__(self, failing: str = "", context: int = 1):
+        self.calls: list[tuple[str, tuple]] = []
+        self.launches: list[tuple[tuple, list]] = []
+        self.failing, self.context = failing, context
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            self.calls.append((name, args))
+            if name == "cuGetErrorString":
+                args[1]._obj.value = b"invalid argument"
+            elif name == "cuLaunchKernel":
+                self.record(*args)
+            elif name == "cuCtxGetCurrent":
+                args[0]._obj.value = self.context
+            elif args and hasattr(args[0], "_obj"):
+                args[0]._obj.value = 1000 + len(self.calls)
+            return int(name == self.failing)
+
+        return call
+
+    def record(self, function, *rest) -> None:
+        *numbers, params, extra = rest
+        assert extra is None
+        values = [
+            ctypes.cast(p, ctypes.POINTER(t)).contents.value for p, t in zip(params, PARAMETERS, strict=True)
+        ]
+        self.launches.append((tuple(getattr(n, "value", n) for n in numbers), values))
+
+    def named(self, name: str) -> list[tuple]:
+        return [args for n, args in self.calls if n == name]
+
+
+def binary(**changes) -> launch.Binary:
+    """A binary of a kernel with two inputs and an output, over T rows."""
+    k = Kernel((T,), (Arg((T, 4), F32), Arg((4,), F16), Arg((T,), F32, True)), (), "k")
+    fields = dict(kernel=k, name="k", target="cuda:90", cubin=b"code", ptx="", source="", rows=4, warps=4,
+                  types=("*fp32", "*fp16", "*fp32", "i64"), shared=0, regs=8, spills=0)  # fmt: skip
+    return launch.Binary(**(fields | changes))
+
+
+def operands(rows: int = 10) -> list[torch.Tensor]:
+    return [torch.zeros(rows, 4), torch.zeros(4, dtype=F16)]
+
+
+def test_parameters_are_packed_in_order_with_two_null_scratch_pointers():
+    lib, xs = RecordingDriver(), operands()
+    (out,) = launch.start(launch.Driver(lib), binary(), xs, {"T": 10}, 0, 77)
+    ((numbers, params),) = lib.launches
+    assert params == [xs[0].data_ptr(), xs[1].data_ptr(), out.data_ptr(), 10, 0, 0]
+    assert numbers == (3, 1, 1, 128, 1, 1, 0, 77)
+    assert out.shape == (10,) and out.dtype == F32
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("i64", -(2**40)), ("i32", -5), ("fp32", 0.5), ("fp64", 0.1), ("*fp32", 2**63)]
+)
+def test_a_value_is_packed_as_its_recorded_type(kind, value):
+    (cell,) = launch.pack([kind], [value])
+    assert cell.value == value and ctypes.sizeof(cell) == (4 if kind in ("i32", "fp32") else 8)
+
+
+def test_a_module_is_loaded_once_for_each_device():
+    lib, b = RecordingDriver(), binary()
+    cuda = launch.Driver(lib)
+    for device in (0, 0, 1):
+        launch.start(cuda, b, operands(), {"T": 10}, device, 0)
+    assert [code for _, code in lib.named("cuModuleLoadData")] == [b"code"] * 2
+    assert len({args[0].value for args in lib.named("cuLaunchKernel")}) == 2
+
+
+@pytest.mark.parametrize(("shared", "asked"), [(1024, []), (48 * 1024, []), (100_000, [(8, 100_000)])])
+def test_shared_memory_above_48_kb_is_asked_for(shared, asked):
+    lib = RecordingDriver()
+    launch.start(launch.Driver(lib), binary(shared=shared), operands(), {"T": 10}, 0, 0)
+    assert [args[1:] for args in lib.named("cuFuncSetAttribute")] == asked
+    assert lib.launches[0][0][6] == shared
+
+
+def test_scratch_is_allocated_for_every_program():
+    lib = RecordingDriver()
+    launch.start(launch.Driver(lib), binary(scratch=(64, 16)), operands(), {"T": 10}, 0, 0)
+    params = lib.launches[0][1]
+    assert params[4] != 0 and params[5] == 0
+
+
+def test_no_rows_no_launch():
+    lib = RecordingDriver()
+    (out,) = launch.start(launch.Driver(lib), binary(), operands(0), {"T": 0}, 0, 0)
+    assert out.shape == (0,) and not lib.calls
+
+
+def test_operands_that_are_not_dense_or_not_aligned_are_copied():
+    strided, shifted = torch.zeros(4, 10).t(), torch.zeros(5, dtype=F16)[1:]
+    lib = RecordingDriver()
+    launch.start(launch.Driver(lib), binary(), [strided, shifted], {"T": 10}, 0, 0)
+    params = lib.launches[0][1]
+    assert params[0] != strided.data_ptr() and params[1] != shifted.data_ptr() and params[1] % 16 == 0
+
+
+def test_a_thread_without_a_context_gets_the_primary_one():
+    lib = RecordingDriver(context=0)
+    launch.start(launch.Driver(lib), binary(), operands(), {"T": 10}, 3, 0)
+    names = [name for name, _ in lib.calls]
+    assert (
+        names.index("cuDevicePrimaryCtxRetain")
+        < names.index("cuCtxSetCurrent")
+        < names.index("cuModuleLoadData")
+    )
+    assert lib.named("cuDeviceGet")[0][1] == 3
+
+
+def test_a_failing_call_is_a_named_error():
+    cuda = launch.Driver(RecordingDriver(failing="cuModuleLoadData"))
+    with pytest.raises(BackendError, match="cuModuleLoadData failed: invalid argument"):
+        launch.start(cuda, binary(), operands(), {"T": 10}, 0, 0)
+
+
+@pytest.mark.parametrize(("target", "capability", "runs"), [
+    ("cuda:90", (9, 0), True), ("cuda:90", (10, 0), False), ("cuda:90", (8, 0), False), ("cuda:80", (8, 0), True),
+    ("cuda:80", (8, 6), True), ("cuda:86", (8, 0), False), ("cuda:80", (9, 0), False), ("cuda:100", (10, 3), False),
+])  # fmt: skip
+def test_code_for_another_device_is_refused(target, capability, runs):
+    if runs:
+        return launch.check_device(binary(target=target), capability)
+    here = f"cuda:{capability[0]}{capability[1]}"
+    with pytest.raises(errors.BackendError, match=f'compiled for {target}.*Compile with target="{here}"'):
+        launch.check_device(binary(target=target), capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PATTERNS, ids=[c.name for c in PATTERNS])
+def test_kernels_on_a_gpu_equal_eager(case):
+    from fxfunc.codegen import triton
+
+    major, minor = torch.cuda.get_device_capability()
+    fused = fuse(graph_of(case))
+    binaries: dict = {}
+
+    def on_gpu(k, operands, sizes):
+        b = binaries.setdefault(k, triton.compile(k, f"cuda:{major}{minor}"))
+        return tuple(x.cpu() for x in launch.launch(b, [x.cuda() for x in operands], sizes))
+
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        assert_equal(run(fused, inputs, sizes, on_gpu), run(graph_of(case), inputs, sizes), scale=8)
+
+
+def test_files_of_a_binary_give_it_back():
+    b = binary(scratch=(64, 16), ptx="text", source="lines")
+    again = launch.read(b.kernel, b.files())
+    assert {f.name: getattr(again, f.name) for f in dataclasses.fields(b)} == {
+        f.name: getattr(b, f.name) for f in dataclasses.fields(b)
+    }
+
+
+def test_files_of_another_kernel_are_refused():
+    other = Kernel((T,), (Arg((T, 5), F32), Arg((4,), F16), Arg((T,), F32, True)), (), "k")
+    with pytest.raises(BackendError, match="another kernel"):
+        launch.read(other, binary().files())
+
+
+def test_a_binary_says_what_the_kernel_table_shows():
+    b = dataclasses.replace(binary(shared=16), cubin=b"12345")
+    assert (b.name, b.regs, b.spills, b.smem, b.size) == ("k", 8, 0, 16, 5)

@@ -1,0 +1,180 @@
+"""The Triton emitter: its text, what the interpreter makes of it, and what compiles without a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import F32, OPS, OPS_BF16, OPS_F64, PATTERNS, Case, In, T, graph_of, kernel_of
+
+from fxfunc.codegen import triton
+from fxfunc.codegen.fuse import fuse, kernels_of
+from fxfunc.codegen.loops import ELEMENTWISE, kernel
+from fxfunc.passes.errors import BackendError
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+aten = torch.ops.aten
+
+
+def pattern(name: str) -> Case:
+    return next(c for c in PATTERNS if c.name == name)
+
+
+def only_kernel(case: Case):
+    (k,) = kernels_of(fuse(graph_of(case)))
+    return k
+
+
+GOLDEN = """\
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def add_sin_sum_mul(x_ptr, x_2_ptr, mul_out, T):
+    row = tl.program_id(0).to(tl.int64) * 8 + tl.arange(0, 8)[:, None]
+    row_in = row < T
+    col = tl.arange(0, 64)[None, :]
+    col_in = col < 40
+    x = tl.load(x_ptr + row * 40 + col, mask=row_in & col_in, other=0)
+    x_2 = tl.load(x_2_ptr + col, mask=col_in, other=0)
+    add = x + x_2
+    sin = libdevice.sin(add)
+    sum_1 = tl.sum(tl.where(col_in, sin, tl.full([1, 1], 0.0, tl.float32)), axis=1)[:, None]
+    mul = sum_1 * 0.5
+    tl.store(mul_out + row, mul, mask=row_in)
+"""
+
+
+def test_source_reads_like_the_graph():
+    case = Case("golden", lambda x, b: (x + b).sin().sum([1]) * 0.5, (In(F32, (T, 40)), In(F32, (40,))))
+    assert triton.source(only_kernel(case)) == GOLDEN
+
+
+def test_source_shows_the_users_lines(tmp_path):
+    model = tmp_path / "model.py"
+    model.write_text("def f(x):\n    return x.sin() * 2\n")
+    graph = graph_of(Case("lines", lambda x: x.sin() * 2, (In(F32, (8,)),)))
+    for n in graph.nodes:
+        n.meta["source"] = f"{model}:2"
+    (k,) = kernels_of(fuse(graph))
+    assert "    # model.py:2  return x.sin() * 2\n    sin = libdevice.sin(x)" in triton.source(k)
+
+
+def test_names_that_mean_something_to_the_emitter_are_not_taken():
+    graph = graph_of(Case("names", lambda x: x.sin() * 2 + 1, (In(F32, (T, 3)),)))
+    for n, name in zip((*graph.inputs, *graph.nodes), ("row", "tl", "T", "maximum"), strict=True):
+        n.name = name
+    (k,) = kernels_of(fuse(graph))
+    assert not re.search(r"^    (tl|T|maximum) = ", triton.source(k), re.M)
+
+
+def test_every_operation_has_a_template():
+    assert ELEMENTWISE.keys() == triton.TEMPLATES.keys()
+
+
+def test_offsets_are_int64_when_sizes_are_symbolic_or_large():
+    def wide(*shape) -> bool:
+        return triton.schedule(only_kernel(Case("w", lambda x: x.sin() * 2, (In(F32, shape),)))).wide
+
+    assert (wide(T, 4), wide(2**16, 2**15), wide(2**15, 2**15)) == (True, True, False)
+
+
+def test_blocks_follow_from_shapes_alone(monkeypatch):
+    k = only_kernel(pattern("layer_norm"))
+    before = triton.schedule(k)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 999)
+    assert triton.schedule(k) == before
+
+
+def test_interpreted_source_equals_eager():
+    """One process for all cases: the interpreter and the compiler exclude each other."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, HERE / "interpret_kernels.py"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_interpreting_needs_the_interpreter():
+    from fxfunc.codegen.interpret import interpret
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("it is on")
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        interpret(only_kernel(pattern("half")), [])
+
+
+# ---- compiling for a device this machine may not have ----
+
+
+@pytest.mark.parametrize("name", ["softmax", "layer_norm", "softmax_over_symbol", "half", "views", "ties"])
+def test_compiles_offline_for_cuda_90(name):
+    k = only_kernel(pattern(name))
+    b = triton.compile(k, "cuda:90")
+    assert b.cubin[:4] == b"\x7fELF" and ".target sm_90a" in b.ptx
+    assert 0 < b.regs <= 255 and f".maxnreg {triton.schedule(k).maxnreg}" in b.ptx
+    parameters = b.ptx.split(".entry")[1].split(")")[0]
+    assert parameters.count(".param ") == len(b.types) + 2  # and the two pointers to scratch
+    assert b.types[len(k.args) :] == ("i64",) * len(k.sizes)
+    assert b.spills == 0 or "sin" in b.source  # libdevice's sin keeps a table on the stack
+
+
+def test_product_sums_are_exact_float32():
+    """No TF32 dot, no fused multiply-add: what ATen's elementwise kernels compute, bit for bit."""
+    b = triton.compile(
+        only_kernel(Case("p", lambda x, y: (x * y + 1).sum([1]) * 2, (In(F32, (64, 64)), In(F32, (64, 64)))))
+    )
+    assert "tf32" not in b.ptx.lower() and "fma.rn" not in b.ptx and "mma" not in b.ptx
+
+
+def test_equal_kernels_are_emitted_and_compiled_once():
+    def f(x, y, w):
+        a = ((x + 1).sin() * 2).call(aten.mm.default, w)
+        return ((a + 1).sin() * 2).call(aten.mm.default, w) + y
+
+    fused, binaries = triton.compile_graph(
+        graph_of(Case("twice", f, (In(F32, (8, 8)), In(F32, (8, 8)), In(F32, (8, 8)))))
+    )
+    uses = [n.args[0] for n in fused.nodes if n.target is kernel]
+    assert len(uses) == 2 and uses[0] is uses[1] and list(binaries) == [uses[0].name]
+    (row,) = triton.table(binaries)
+    assert row.keys() == {"name", "regs", "spills", "smem", "size"} and row["size"] == len(
+        binaries[row["name"]].cubin
+    )
+
+
+@pytest.mark.parametrize("target", ["cuda", "cuda:75", "cuda:9", "hip:gfx90a", "cpu", "cuda:abc"])
+def test_an_unknown_target_is_refused_by_name(target):
+    with pytest.raises(BackendError, match=re.escape(repr(target))):
+        triton.compile_graph(graph_of(pattern("softmax")), target)
+
+
+def test_without_triton_the_error_says_so(monkeypatch):
+    k = only_kernel(Case("none", lambda x: x.cos() * 17, (In(F32, (11,)),)))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendError, match="triton is not installed"):
+        triton.compile(k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [OPS, OPS_F64, OPS_BF16], ids=["f32", "f64", "bf16"])
+def test_every_op_compiles_for_cuda_90(cases):
+    for case in cases:
+        k, _ = kernel_of(graph_of(case))
+        assert triton.compile(k).regs > 0, case.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_every_pattern_compiles(target):
+    for case in PATTERNS:
+        _, binaries = triton.compile_graph(graph_of(case), target)
+        assert all(b.target == target for b in binaries.values())
