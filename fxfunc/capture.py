@@ -6,10 +6,12 @@ sees one differentiable call.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfunc.codegen import eager
 from fxfunc.passes import errors
@@ -73,7 +75,7 @@ def capture(function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness
     """
     recorder = Recorder()
     recorder.randomness = randomness
-    with custom.hooks(), recorder, torch.enable_grad():
+    with custom.hooks(), foreign_modes_off(), recorder, torch.enable_grad():
         flags = iter(tracks)
         tracers = iter([recorder.input(v, "x", next(flags, False)) for v in in_vals])
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
@@ -82,6 +84,11 @@ def capture(function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness
     captures = [(t, source) for t, _, source in recorder.captures.values()]
     return Captured(graph, [t for t, _ in captures], [s for _, s in captures],
                     [_TENSOR if is_tensor(x) else x for x in out_leaves], out_spec)
+
+
+def foreign_modes_off():
+    """Dispatch modes of others (make_fx, export, fake tensors) see what is executed, not what is captured."""
+    return contextlib.nullcontext() if current() is not None else _disable_current_modes()
 
 
 def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:

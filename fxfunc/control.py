@@ -15,8 +15,10 @@ from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import Tracer, val_of
 
 from .capture import capture, check_tensors, execute, is_tensor
+from .entry import entry
 
 
+@entry
 def scan(f, init, xs=None, length: int | None = None, reverse: bool = False):
     """`(carry, ys)` of looping `carry, y = f(carry, x)` over axis 0 of the leaves of `xs`. Follows jax.lax.scan.
 
@@ -40,6 +42,7 @@ def scan(f, init, xs=None, length: int | None = None, reverse: bool = False):
     return pytree.tree_unflatten(results[: len(carry)], carry_spec), ys
 
 
+@entry
 def fori_loop(lower: int, upper: int, body_fun, init_val):
     """`init_val` after `val = body_fun(i, val)` for i in range(lower, upper); i is a 0-d int64 tensor. Follows jax.lax.fori_loop.
 

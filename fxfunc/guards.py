@@ -115,7 +115,7 @@ class Guards:
             self._item(cell, None)
         self._object(f.__defaults__ or ())
         self._object(f.__kwdefaults__ or {})
-        if not _foreign(f.__module__):
+        if not _foreign(f.__globals__.get("__name__")):
             for name in _names(f.__code__):
                 self._global(f, name)
 

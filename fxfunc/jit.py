@@ -20,6 +20,7 @@ from fxfunc.passes.graph import Graph, Val
 from fxfunc.passes.trace import current, val_of
 
 from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of
+from .entry import entry
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
 
@@ -101,6 +102,7 @@ class _Jit:
     def __get__(self, instance, owner=None):
         return self if instance is None else functools.partial(self, instance)
 
+    @entry
     def __call__(self, *args, **kwargs):
         if current() is not None:
             return self.function(*args, **kwargs)
@@ -243,6 +245,7 @@ class Compiled:
         """The kernels, each with .name .regs .spills .smem .size."""
         return self._program.kernels
 
+    @entry
     def __call__(self, *args, **kwargs):
         inputs = [*self.signature.tensors(args, kwargs), *self._closed]
         if self._program.call is None:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import from_torch, numel
-from fxfunc.passes.graph import Graph, Val, stop_gradient as _stop_gradient
+from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.graph import stop_gradient as _stop_gradient
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize as _linearize
 from fxfunc.passes.linearize import vjp as _emit_vjp
@@ -24,6 +25,7 @@ from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import val_of
 
 from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of
+from .entry import entry
 
 # ----- arguments ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ def grad_and_value(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
     `f` returns a 0-d floating point tensor; the gradient has the structure, shapes and dtypes of the arguments that
     `argnums` names. Raises BadArgnums, NonScalarOutput, NotDifferentiable, NoTensorInputs. Follows torch.func.grad_and_value.
     """
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
         g, value, aux = _grad_and_value("grad_and_value", f, argnums, has_aux, args, kwargs)
@@ -157,6 +160,7 @@ def grad_and_value(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
 
 def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """As grad_and_value, in JAX's order: `(value, gradient)`, or `((value, aux), gradient)`. Follows jax.value_and_grad."""
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
         g, value, aux = _grad_and_value("value_and_grad", f, argnums, has_aux, args, kwargs)
@@ -170,6 +174,7 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
 
     Shapes, dtypes and errors as for grad_and_value.
     """
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
         g, _, aux = _grad_and_value("grad", f, argnums, has_aux, args, kwargs)
@@ -194,6 +199,7 @@ def _transposed(graph: Graph, nonzero, given: tuple[int, ...]) -> Graph:
     return b.finish([o if o is not None else b.full(v, 0) for o, v in zip(outs, vals, strict=True)])
 
 
+@entry
 def vjp(f: Callable, *primals, has_aux: bool = False):
     """`(output, vjp_fn)`, or `(output, vjp_fn, aux)`: vjp_fn(cotangents) gives one cotangent per primal.
 
@@ -260,6 +266,7 @@ def _primal_call(transform: str, f, primals) -> _Call:
     return _Call(transform, f, primals, {}, tuple(range(len(primals))))
 
 
+@entry
 def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, has_aux: bool = False):
     """`(output, output tangent)`, or `(output, output tangent, aux)`.
 
@@ -282,6 +289,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, h
     return (value, tangent, aux) if has_aux else (value, tangent)
 
 
+@entry
 def linearize(f: Callable, *primals):
     """`(output, jvp_fn)`: jvp_fn(*tangents) gives the output tangent without running `f` again. Follows torch.func.linearize."""
     call = _primal_call("linearize", f, primals)
@@ -391,6 +399,7 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = F
     output with that of the selected arguments inside. Errors as for vjp. Follows torch.func.jacrev."""
     _no_chunks("jacrev", chunk_size)
 
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
         jacobian, aux = _jacobian("jacrev", _jacrev_graph, f, argnums, has_aux, args, kwargs)
@@ -403,6 +412,7 @@ def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = Fals
     """As jacrev, by forward mode. Follows torch.func.jacfwd."""
     _check_randomness(randomness)
 
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
         jacobian, aux = _jacobian("jacfwd", _jacfwd_graph, f, argnums, has_aux, args, kwargs)
@@ -439,6 +449,7 @@ def vmap(func: Callable, in_dims=0, out_dims=0, randomness: str = "error", *, ch
     _check_randomness(randomness)
     _no_chunks("vmap", chunk_size)
 
+    @entry
     @functools.wraps(func)
     def wrapper(*args, **kwargs):
         return _vmap(func, in_dims, out_dims, randomness, args, kwargs)
@@ -541,6 +552,7 @@ def _out_dims(out_dims, captured: Captured) -> list[int | None]:
     return [d if d is None else d % (n.meta["val"].ndim + 1) for d, n in zip(flat, outputs, strict=True)]
 
 
+@entry
 def stop_gradient(x):
     """The tensors of a structure as constants for every derivative, forward and reverse. Follows jax.lax.stop_gradient."""
     @functools.lru_cache(maxsize=64)
@@ -553,6 +565,7 @@ def stop_gradient(x):
 
 def make_graph(f: Callable) -> Callable:
     """A function returning the `Graph` of `f` at these arguments: typed text when printed; `.inputs`, `.nodes`, `.outputs`."""
+    @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs) -> Graph:
         leaves, spec = pytree.tree_flatten((args, kwargs))
