@@ -1,168 +1,363 @@
-"""The CPU fallback and oracle: a lowered graph as straight-line Python over ATen. Entry points: `emit` and `source`.
+"""A lowered graph as straight-line Python over ATen. Entry points: `emit` (a callable), `source` (its text).
 
-Dead values are freed where they die, scans are Python loops over a function of their own, symbolic sizes are read off the
-inputs once. A call goes through torch's builtin where that is the very same overload (`BUILTINS`, tested), else through
-the overload's own entry: both skip Python wrappers. Outputs may alias inputs or each other, as views in torch do.
+Values are freed right after their last use. Symbolic sizes are read off the input shapes once. A `scan` is a Python loop.
+Outputs are ordinary tensors: an output that is an input is that very tensor, one that views an input shares its memory, as
+in torch.func. No two outputs share memory otherwise, and none shares it with a constant of the graph: what would is copied.
 """
 
 from __future__ import annotations
 
 import builtins
+import itertools
+import keyword
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import Dim
-from fxfunc.passes.graph import Graph, Val, constant, getitem, scan
+from fxfunc.passes.dims import Dim, Size
+from fxfunc.passes.graph import Graph, Literal, Op, Val, constant, getitem, scan
 
-aten = torch.ops.aten
+from .calls import best
+from .loops import Kernel
+from .loops import kernel as kernel_op
 
-# Overloads that torch's function of the same name calls when given the same positional arguments.
-_SAME_NAME = """
-    mm.default bmm.default addmm.default baddbmm.default mv.default dot.default
-    add.Tensor sub.Tensor mul.Tensor div.Tensor neg.default abs.default exp.default log.default log1p.default expm1.default
-    sin.default cos.default tan.default tanh.default sigmoid.default sqrt.default rsqrt.default reciprocal.default erf.default
-    pow.Tensor_Scalar pow.Tensor_Tensor maximum.default minimum.default relu.default clamp.default clamp_min.default sign.default
-    where.self eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar
-    sum.dim_IntList amax.default amin.default gather.default
-    permute.default reshape.default cat.default flip.default index_select.default cumsum.default full.default
-""".split()
-BUILTINS: dict = {getattr(getattr(aten, name.split(".")[0]), name.split(".")[1]): "torch." + name.split(".")[0] for name in _SAME_NAME}
+# What a graph becomes: flat tensors in (its inputs), flat results out.
+Program = Callable[[Sequence[Tensor]], list[Tensor | None]]
+# What computes a kernel: operands and the values of its symbolic sizes -> outputs.
+Launcher = Callable[[Sequence[Tensor], dict[str, int]], tuple[Tensor, ...]]
+
+_numbers = itertools.count()
+_RESERVED = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 
 
-def emit(graph: Graph, kernels: Mapping[object, Callable] | None = None) -> Callable[[Sequence[torch.Tensor]], list]:
-    """A function from flat tensors to flat results. `kernels` gives the callable of each kernel of a fused graph."""
-    text, namespace = _generate(graph, kernels or {})
-    exec(compile(text, "<fxfunc eager>", "exec"), namespace)
-    run = namespace["run"]
+def emit(graph: Graph, kernels: Mapping[Kernel, Launcher] | None = None) -> Program:
+    """The graph as a callable; `kernels` computes its `kernel` nodes.
 
-    def call(tensors: Sequence[torch.Tensor]) -> list:
-        with torch.no_grad():
-            return run(*tensors)
-
-    return call
+    It runs without gradients and autocast, whatever is on around it. Its argument is read once: where the caller keeps no
+    reference to a temporary list of inputs, these are freed after their last use too. Raises DynamicShape if a symbolic
+    size is no axis of an input, BackendError for a node that is not lowered.
+    """
+    writer = _Writer(graph, kernels or {})
+    text = writer.text()
+    number = next(_numbers)
+    # `<` keeps our lines out of the user's; the loader lets tracebacks show them.
+    scope = {**writer.scope, "__name__": f"program_{number}", "__loader__": _Source(text)}
+    exec(compile(text, f"<fxfunc>/program_{number}.py", "exec"), scope)
+    return scope["program"]
 
 
 def source(graph: Graph) -> str:
-    """The Python that `emit` runs."""
-    return _generate(graph, None)[0]
+    """The text that `emit` compiles, for people."""
+    return _Writer(graph, None).text()
 
 
-def _generate(graph: Graph, kernels) -> tuple[str, dict]:
-    writer = _Writer(kernels)
-    writer.function("run", graph, sorted(graph.dims()), top=True)
-    return "\n\n".join(writer.functions) + "\n", writer.namespace
+class _Source:
+    """Gives linecache the text of a program for as long as the program lives."""
+
+    def __init__(self, text: str):
+        self.get_source = lambda name: text
 
 
 class _Writer:
-    """Collects functions (bodies of scans first) and the globals they use."""
+    """Writes one program. `scope` are its globals; every name in it, local or global, is distinct and chosen by `fresh`."""
 
-    def __init__(self, kernels):
-        self.kernels = kernels
-        self.functions: list[str] = []
-        self.namespace: dict = {"torch": torch, "inf": math.inf, "nan": math.nan, "__builtins__": builtins}
-        self.names: dict[object, str] = {}
+    def __init__(self, graph: Graph, kernels: Mapping[Kernel, Launcher] | None):
+        self.graph, self.kernels = graph, kernels
+        self.scope: dict[str, object] = {}
+        self.taken: set[str] = {"program", "tensors", "grad", "autocast", "sizes"}
+        self.globals: dict[object, str] = {}
+        self.names: dict[Node, str] = {}
+        self.sizes: dict[str, str] = {}
+        self.prologue: dict[str, str] = {}
+        self.lines: list[str] = []
 
-    def bind(self, base: str, x) -> str:
-        """A global name for an object."""
-        key = x if isinstance(x, (torch._ops.OpOverload, torch.device)) else id(x)
-        if key not in self.names:
-            self.names[key] = f"_{base}_{len(self.names)}"  # no node is named so
-            self.namespace[self.names[key]] = x
-        return self.names[key]
+    def text(self) -> str:
+        """The source of the program."""
+        names = [self.name(n) for n in self.graph.inputs]
+        self.sizes = {name: self.fresh(name) for name in _dims_used(self.graph)}
+        self.block(self.graph, "        ", set(self.graph.inputs))
+        self.lines.append(f"        return [{', '.join(self.results())}]")
+        is_grad, set_grad = self.bind("is_grad", torch.is_grad_enabled), self.bind("set_grad", torch._C._set_grad_enabled)
+        head = ["def program(tensors):", f"    grad = {is_grad}()", f"    {set_grad}(False)",
+                f"    autocast = {self.bind('no_autocast', _no_autocast)}()", "    try:"]  # fmt: skip
+        head += [f"        {''.join(n + ', ' for n in names)}= tensors", "        del tensors"] if names else []
+        head += [f"        {line}" for line in [*self.read_sizes(), *(f"{v} = {k}" for k, v in self.prologue.items())]]
+        first = [self.names[n] for n in self.graph.inputs if n not in _used(self.graph)]
+        head += [f"        del {', '.join(first)}"] if first else []
+        tail = ["    finally:", f"        {set_grad}(grad)", "        del autocast"]
+        return "\n".join([*head, *self.lines, *tail]) + "\n"
 
-    def function(self, name: str, graph: Graph, dims: list[str], top: bool = False) -> None:
-        """Add the function of a graph; `dims` are its symbolic sizes, read off the inputs at the top."""
-        parameters = [n.name for n in graph.inputs] + ([] if top else dims)
-        lines = [f"    {line}" for line in _read_sizes(graph, dims)] if top else []
-        last = _last_uses(graph)
-        for n in graph.nodes:
-            lines += [f"    {line}" for line in self._call(n, dims)]
-            dead = [m.name for m in last.get(n, ())]
-            if dead:
-                lines.append(f"    del {', '.join(dead)}")
-        lines.append(f"    return [{', '.join(_output(n) for n in graph.outputs)}]")
-        self.functions.append("\n".join([f"def {name}({', '.join(parameters)}):", *lines]))
+    # ---- names ----
 
-    def _call(self, n: Node, dims) -> list[str]:
-        if n.target is getitem:
-            return [f"{n.name} = {n.args[0].name}[{n.args[1]}]"]
-        if n.target is constant:
-            return [f"{n.name} = {self.bind('literal', n.args[0].tensor)}"]
-        if n.target is scan:
-            return self._scan(n, dims)
-        args = [self._argument(a) for a in n.args] + [f"{k}={self._argument(v)}" for k, v in n.kwargs.items()]
-        return [f"{n.name} = {self._function_of(n)}({', '.join(args)})"]
+    def fresh(self, wanted: str) -> str:
+        """A new identifier like `wanted`, whatever characters that has."""
+        base = re.sub(r"\W", "_", wanted, flags=re.ASCII)[:80] or "v"
+        base = f"v{base}" if base[0].isdigit() or base[0] == "_" else base
+        name, count = base, 1
+        while name in self.taken or name in _RESERVED:
+            count += 1
+            name = f"{base}_{count}"
+        self.taken.add(name)
+        return name
 
-    def _function_of(self, n: Node) -> str:
-        if isinstance(n.target, torch._ops.OpOverload):
-            builtin = BUILTINS.get(n.target)
-            if builtin:
-                return self.bind(n.target._schema.name.split("::")[1], getattr(torch, builtin.removeprefix("torch.")))
-            return self.bind(n.target._schema.name.split("::")[1], n.target._op)
-        raise errors.BackendError(backend="eager", what=f"{n.target} cannot run op by op", instead="Lower the graph first.")
+    def name(self, node: Node) -> str:
+        """The new local that holds a node."""
+        self.names[node] = self.fresh(node.name)
+        return self.names[node]
 
-    def _scan(self, n: Node, dims) -> list[str]:
-        body, consts, carry, xs = n.args
-        name = f"body_{len(self.functions)}"
-        self.function(name, body, dims)
-        length, count = self._argument(n.kwargs["length"]), len(carry)
-        ys = [f"{n.name}_y{i}" for i in range(len(body.outputs) - count)]
-        state = [f"{n.name}_c{i}" for i in range(count)]
-        items = [f"{x.name}[{n.name}_i]" for x in xs]
-        order = f"range({length})" if not n.kwargs["reverse"] else f"range({length} - 1, -1, -1)"
-        lines = [f"{', '.join(state)}, = {', '.join(c.name for c in carry)}," if state else ""]
-        lines += [f"{y} = [None] * {length}" for y in ys]
-        given = ", ".join([*(c.name for c in consts), *state, *items, *dims])
-        results = ", ".join([*state, *(f"{y}[{n.name}_i]" for y in ys)])
-        lines += [f"for {n.name}_i in {order}:", f"    {results}, = {name}({given})" if results else f"    {name}({given})"]
-        stacked = [f"torch.stack({y}) if {y} else {self._empty(v)}" for y, v in zip(ys, n.meta["val"][count:], strict=True)]
-        return [line for line in [*lines, f"{n.name} = [{', '.join(state + stacked)}]"] if line]
+    def bind(self, wanted: str, value: object) -> str:
+        """The global that holds a value."""
+        key = value if isinstance(value, (torch.dtype, torch.device, Literal, Kernel)) else id(value)
+        if key not in self.globals:
+            self.globals[key] = self.fresh(wanted)
+            self.scope[self.globals[key]] = value
+        return self.globals[key]
 
-    def _empty(self, val: Val) -> str:
-        return f"torch.empty({self._argument(val.shape)}, dtype={val.dtype}, device={self._argument(val.device)})"
+    # ---- sizes ----
 
-    def _argument(self, x) -> str:
+    def read_sizes(self) -> list[str]:
+        """Lines that read each symbolic size off an input."""
+        lines = []
+        for name, local in self.sizes.items():
+            found = next(((n, i) for n in self.graph.inputs for i, s in enumerate(n.meta["val"].shape) if s == Dim(name)), None)
+            if found is None:
+                raise errors.DynamicShape(what=f"the size {name}, which no input has as an axis of its own")
+            lines.append(f"{local} = {self.names[found[0]]}.size({found[1]})")
+        return lines
+
+    def size(self, d: Dim) -> str:
+        """A Dim over the locals that hold the sizes."""
+        return "(" + " + ".join("*".join([str(c)] * (c != 1 or not m) + [self.atom(a) for a in m]) for m, c in d.terms) + ")"
+
+    def atom(self, a: str | tuple) -> str:
+        return self.sizes[a] if isinstance(a, str) else f"({self.size(a[1])} {a[0]} {a[2]})"
+
+    def early(self, text: str, name: str) -> str:
+        """A local set once before everything else."""
+        if text not in self.prologue:
+            self.prologue[text] = self.fresh(name)
+        return self.prologue[text]
+
+    # ---- arguments ----
+
+    def arg(self, x: object) -> str:
+        """An argument as source."""
         if isinstance(x, Node):
-            return x.name
+            return self.names[x]
         if isinstance(x, (list, tuple)):
-            inside = ", ".join(self._argument(y) for y in x)
-            tensors = any(isinstance(y, Node) or y is None for y in x)
-            return f"[{inside}]" if tensors else f"({inside}{',' if len(x) == 1 else ''})"
+            return self.sequence(x)
         if isinstance(x, Dim):
-            return x.python()
-        if isinstance(x, (torch.device, torch.layout)):
-            return self.bind("place", x)
-        return repr(x) if not isinstance(x, complex) else f"complex({x.real!r}, {x.imag!r})"
+            return self.size(x)
+        if x is None or isinstance(x, (bool, int, str)):
+            return repr(x)
+        if isinstance(x, float):
+            return repr(x) if math.isfinite(x) else self.bind("nan" if x != x else "inf", x) if x != -math.inf else f"-{self.bind('inf', math.inf)}"
+        return self.bind(str(x).removeprefix("torch."), x)
+
+    def sequence(self, xs: Sequence) -> str:
+        """A list of tensors is a list, one of sizes a tuple: a constant, or made once before everything else."""
+        text = ", ".join(map(self.arg, xs))
+        if any(isinstance(x, Node) for x in xs):
+            return f"[{text}]"
+        text = f"({text},)" if len(xs) == 1 else f"({text})"
+        return self.early(text, "size") if any(isinstance(x, Dim) for x in xs) else text
+
+    # ---- nodes ----
+
+    def block(self, graph: Graph, indent: str, owned: set[Node], kept: Iterable[Node] = ()) -> None:
+        """The calls of a graph whose inputs have names. `owned` inputs, and all values but outputs, are freed when dead."""
+        last = {m: n for n in graph.nodes for m in n.all_input_nodes}
+        keep = {*graph.outputs, *kept}
+        for n in graph.nodes:
+            self.node(n, indent, n in last or n in keep)
+            owned.add(n)
+            dead = [m for m in n.all_input_nodes if last[m] is n and m in owned and m not in keep]
+            if dead:
+                self.lines.append(f"{indent}del {', '.join(self.names[m] for m in dead)}")
+
+    def node(self, n: Node, indent: str, read: bool) -> None:
+        """One call, its result bound if somebody reads it."""
+        if n.target is scan:
+            self.scan(n, indent)
+            return
+        call = self.call(n)
+        where = n.meta.get("source")
+        tail = f"  # {_comment(where)}" if where else ""
+        self.lines.append(f"{indent}{self.name(n)} = {call}{tail}" if read else f"{indent}{call}{tail}")
+
+    def call(self, n: Node) -> str:
+        """The right side of a node."""
+        op, args = n.target, n.args
+        if op is getitem:
+            return f"{self.arg(args[0])}[{int(args[1])}]"
+        if op is constant:
+            return self.literal(args[0])
+        if op is kernel_op:
+            return self.kernel(n)
+        if isinstance(op, Op):
+            raise errors.BackendError(backend="eager", what=f"{op} is not lowered", instead="Lower the graph first (passes/pipeline.py).")
+        args, kwargs = _positional(op, args, n.kwargs)
+        given = [self.arg(a) for a in args] + [f"{k}={self.arg(v)}" for k, v in kwargs.items()]
+        function = best(op, args)
+        module = "torch" if function is not getattr(op, "_op", op) else "aten"
+        return f"{self.bind(f'{module}_{_op_name(op, module)}', function)}({', '.join(given)})"
+
+    def literal(self, x: Literal) -> str:
+        return self.bind("constant", x.tensor)
+
+    def kernel(self, n: Node) -> str:
+        """A call of a kernel's launcher with its operands and sizes."""
+        k, *operands = n.args
+        launcher = None if self.kernels is None else self.kernels.get(k)
+        if launcher is None and self.kernels is not None:
+            raise errors.BackendError(backend="eager", what=f"nothing computes the kernel {k.name}", instead="Give its launcher.")
+        sizes = ", ".join(f"{name!r}: {self.sizes[name]}" for name in k.sizes)
+        call = f"{self.bind(f'kernel_{k.name}', launcher or k)}([{', '.join(map(self.arg, operands))}], {{{sizes}}})"
+        return call + "[0]" if isinstance(n.meta["val"], Val) else call
+
+    # ---- loops ----
+
+    def scan(self, n: Node, indent: str) -> None:
+        """A loop over the steps; ys are written into outputs made before it."""
+        body, consts, carry, xs = n.args
+        inputs = iter(body.inputs)
+        for x, inner in zip(consts, inputs, strict=False):
+            self.names[inner] = self.names[x]
+        state, steps = [next(inputs) for _ in carry], list(inputs)
+        for x, inner in zip(carry, state, strict=True):
+            self.lines.append(f"{indent}{self.name(inner)} = {self.names[x]}")
+        ys = [self.output(v, n.kwargs["length"], indent) for v in body.out_vals[len(carry) :]]
+        cells = [self.fresh("cell") for _ in ys]
+        self.header(n, [*zip(xs, steps, strict=True)], ys, cells, indent)
+        self.body(body, state, steps, cells, indent + "    ")
+        results = [*(self.names[x] for x in state), *ys]
+        self.lines.append(f"{indent}{self.name(n)} = [{', '.join(results)}]")
+        if results:
+            self.lines.append(f"{indent}del {', '.join(results)}")
+
+    def output(self, val: Val, length: Size, indent: str) -> str:
+        """A new tensor for stacked results."""
+        name = self.fresh("ys")
+        dtype, device = self.arg(val.dtype), self.arg(val.device)
+        shape = self.arg((length, *val.shape))
+        self.lines.append(f"{indent}{name} = {self.bind('torch_empty', torch.empty)}({shape}, dtype={dtype}, device={device})")
+        return name
+
+    def header(self, n: Node, xs: Sequence[tuple[Node, Node]], ys: Sequence[str], cells: Sequence[str], indent: str) -> None:
+        """The `for` line: a step's xs, and the places of its ys."""
+        unbind = self.bind("torch_unbind", torch.unbind)
+        turn = "[::-1]" if n.kwargs["reverse"] else ""
+        sources = [f"range({self.arg(n.kwargs['length'])})", *(f"{unbind}({v}){turn}" for v in [*(self.names[x] for x, _ in xs), *ys])]
+        targets = [self.fresh("step"), *(self.name(inner) for _, inner in xs), *cells]
+        where = n.meta.get("source")
+        tail = f"  # {_comment(where)}" if where else ""
+        loop = f"{targets[0]} in {sources[0]}" if len(sources) == 1 else f"{', '.join(targets)} in zip({', '.join(sources)})"
+        self.lines.append(f"{indent}for {loop}:{tail}")
+
+    def body(self, body: Graph, state: Sequence[Node], steps: Sequence[Node], cells: Sequence[str], indent: str) -> None:
+        """One step: from the carry and a slice of each x to the new carry, and each y in its cell."""
+        used, before = _used(body), len(self.lines)
+        unused = [x for x in [*state, *steps] if x not in used]
+        if unused:
+            self.lines.append(f"{indent}del {', '.join(self.names[x] for x in unused)}")
+        self.block(body, indent, {*state, *steps})
+        outs = [self.names[x] for x in body.outputs]
+        new, rest = outs[: len(state)], outs[len(state) :]
+        self.lines += [f"{indent}{cell}.copy_({y})" for cell, y in zip(cells, rest, strict=True)]
+        old = [self.names[x] for x in state]
+        if new != old:
+            self.lines.append(f"{indent}{', '.join(old)} = {', '.join(new)}")
+        dead = {self.names[x] for x in body.outputs if x in body.nodes or x in steps} | set(cells)
+        if dead:
+            self.lines.append(f"{indent}del {', '.join(sorted(dead))}")
+        elif len(self.lines) == before:
+            self.lines.append(f"{indent}pass")
+
+    # ---- results ----
+
+    def results(self) -> list[str]:
+        """The outputs, copied where they would share memory with a constant or with an earlier output."""
+        seen: set[object] = set(self.graph.inputs)
+        out = []
+        for n in self.graph.outputs:
+            root = None if n is None else _root(n)
+            copied = n is not None and (root in seen and root not in self.graph.inputs or _is_constant(root))
+            seen.add(root)
+            out.append("None" if n is None else f"{self.bind('torch_clone', torch.clone)}({self.names[n]})" if copied else self.names[n])
+        return out
 
 
-def _output(n: Node | None) -> str:
-    return "None" if n is None else n.name
+def _no_autocast() -> object | None:
+    """A guard that turns autocast off until it is dropped, if it is on."""
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else None
 
 
-def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
-    """For each call, the values that die there."""
-    last: dict[Node, Node] = {}
+def _op_name(op: torch._ops.OpOverload, module: str) -> str:
+    name = op._schema.name.split("::")[1]
+    return f"{name}_{op._overloadname}" if module == "aten" and op._overloadname != "default" else name
+
+
+def _comment(where: object) -> str:
+    """A source line's file name and number, with nothing that could end a comment."""
+    return re.sub(r"[^\x20-\x7e]", "?", os.path.basename(str(where)))[:120]
+
+
+def _positional(op: torch._ops.OpOverload, args: Sequence, kwargs: Mapping[str, object]) -> tuple[tuple, dict[str, object]]:
+    """The same arguments, by position as far as the schema allows."""
+    if not kwargs:
+        return tuple(args), {}
+    out, rest = list(args), dict(kwargs)
+    for a in op._schema.arguments[len(args) :]:
+        if a.kwarg_only or a.name not in rest:
+            break
+        out.append(rest.pop(a.name))
+    return tuple(out), rest
+
+
+def _used(graph: Graph) -> set[Node | None]:
+    """What the calls and outputs of a graph read."""
+    return {m for n in graph.nodes for m in n.all_input_nodes} | set(graph.outputs)
+
+
+def _root(n: Node) -> object:
+    """What owns the memory of a value, as far as schemas tell: the value that it views, or itself."""
+    while n.op == "call_function":
+        source = n.args[0] if n.target is getitem else n
+        if isinstance(source.target, torch._ops.OpOverload) and source.target._schema.returns[0].alias_info is not None:
+            n = source.args[0]
+        elif n.target is getitem:
+            return (source, n.args[1])
+        else:
+            return n
+    return n
+
+
+def _is_constant(root: object) -> bool:
+    return isinstance(root, Node) and root.target is constant
+
+
+def _dims_used(graph: Graph) -> list[str]:
+    """The names of the symbolic sizes that calls use, sorted."""
+    found: set[str] = set()
     for n in graph.nodes:
-        last[n] = n  # a result nobody reads dies at once
-        for m in n.all_input_nodes:
-            last[m] = n
-    out: dict[Node, list[Node]] = {}
-    for value, user in last.items():
-        if value not in graph.outputs:
-            out.setdefault(user, []).append(value)
-    return out
+        found |= _dims_in([n.args, list(n.kwargs.values())])
+    return sorted(found)
 
 
-def _read_sizes(graph: Graph, dims: list[str]) -> list[str]:
-    """Lines that read each symbolic size off an input."""
-    lines = []
-    for name in dims:
-        where = [(n, i) for n in graph.inputs for i, s in enumerate(n.meta["val"].shape) if s == Dim(name)]
-        if not where:
-            raise errors.DynamicShape(what=f"the size {name}, which is no axis of any input")
-        lines.append(f"{name} = {where[0][0].name}.shape[{where[0][1]}]")
-    return lines
+def _dims_in(x: object) -> set[str]:
+    if isinstance(x, Dim):
+        return x.names()
+    if isinstance(x, Kernel):
+        return set(x.sizes)
+    if isinstance(x, Graph):
+        shapes = {name for v in x.out_vals if v is not None for name in _dims_in(list(v.shape))}
+        return shapes | set(_dims_used(x))
+    if isinstance(x, (list, tuple)):
+        return set().union(*map(_dims_in, x))
+    return set()

@@ -88,6 +88,11 @@ class NotDifferentiable(FxfuncError, RuntimeError):
     fix = "Convert it to float, or leave it out of argnums."
 
 
+class RandomInVmap(FxfuncError, RuntimeError):
+    message = "vmap: {op} draws random numbers, and randomness is \"error\""
+    fix = "Pass randomness=\"different\" to vmap, or draw the numbers outside."
+
+
 class ValueDependent(FxfuncError, RuntimeError):
     message = "the function depends on the value of a tensor ({op}), which is not known while it is captured"
     fix = "Use torch.where or arithmetic instead of Python control flow, or pass the value as a plain Python number."

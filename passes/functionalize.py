@@ -173,7 +173,20 @@ def _functional_overload(packet, overload: str, op):
     return None
 
 
+def _put(b: Builder, x, indices, values, accumulate=False):
+    """index_put; under a mask, a choice."""
+    masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    if not masks:
+        return b.emit(aten.index_put.default, (x, indices, values, accumulate))
+    mask = masks[0]
+    if len(indices) > 1 or values.ndim > x.ndim - mask.ndim:
+        raise errors.ValueDependent(op="writing to a mask as many elements as it selects")
+    mask = mask.reshape([*mask.shape, *[1] * (x.ndim - mask.ndim)])
+    return x + mask.where(values, 0.0) if accumulate else mask.where(values, x)
+
+
 WRITES = {
+    aten.index_put_.default: _put,
     aten.copy_.default: lambda b, x, src, non_blocking=False: src,
     aten.fill_.Scalar: lambda b, x, value: b.full(x.val, value),
     aten.fill_.Tensor: lambda b, x, value: value,
@@ -303,6 +316,7 @@ def _copy(b: Builder, val: Val, x, **kwargs):
 
 
 CANONICAL = {
+    aten.index_put.default: lambda b, val, *args, **kwargs: _put(b, *args, **kwargs),
     **dict.fromkeys([aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
                      aten.squeeze.dims, aten.reshape.default], _reshape),
     **dict.fromkeys([aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default], _identity),
@@ -314,6 +328,8 @@ CANONICAL = {
     aten.full_like.default: lambda b, val, x, fill, **kwargs: b.full(val, fill),
     aten.new_full.default: lambda b, val, x, size, fill, **kwargs: b.full(val, fill),
     aten.scalar_tensor.default: lambda b, val, fill, **kwargs: b.full(val, fill),
+    aten._conj.default: lambda b, val, x: x.conj(),
+    aten._neg_view.default: lambda b, val, x: -x,
     aten.t.default: lambda b, val, x: x.permute([1, 0]) if x.ndim == 2 else x,
     aten.transpose.int: lambda b, val, x, i, j: x.permute(_swapped(x.ndim, i, j)),
     aten._to_copy.default: _copy,

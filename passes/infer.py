@@ -16,7 +16,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import errors
 from .dims import Dim, at, numel
-from .graph import Graph, Val, constant, custom, graft, linear_call, map_, scan, stop_gradient, stop_reverse, typed
+from .graph import (
+    Graph,
+    Val,
+    constant,
+    custom,
+    graft,
+    linear_call,
+    map_,
+    scan,
+    stop_gradient,
+    stop_reverse,
+    typed,
+)
 
 aten = torch.ops.aten
 _memo: dict = {}
@@ -255,7 +267,24 @@ def _nll_loss(a, target, weight, reduction, ignore_index):
     return (scalar if reduction else Val(target.shape, a.dtype, a.device)), scalar
 
 
+def _statistics(x, weight, shape):
+    """A saved mean and deviation: on a CPU in the weights' dtype, which the formulas on meta tensors have as float32."""
+    dtype = (x if weight is None else weight).dtype if x.device.type == "cpu" else x.dtype
+    if x.device.type != "cpu" and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    return (Val(shape, dtype, x.device),) * 2
+
+
+def _batch_norm(x, w, b, *rest):
+    return (x, *_statistics(x, w, (x.shape[1],)))
+
+
 KNOWN = {
+    aten._native_batch_norm_legit.no_stats: _batch_norm,
+    aten._native_batch_norm_legit_no_training.default: lambda x, w, b, *rest: (x, *_statistics(x, w, (0,))),
+    aten._native_batch_norm_legit_functional.default: lambda x, w, b, mean, var, *rest: (*_batch_norm(x, w, b), mean, var),
+    aten.native_layer_norm.default: lambda x, size, w, b, eps: (
+        x, *_statistics(x, w, (*x.shape[: x.ndim - len(size)], *[1] * len(size)))),
     **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.exp.default,
                      aten.log.default, aten.sin.default, aten.cos.default, aten.tanh.default, aten.sigmoid.default, aten.sqrt.default,
                      aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default], _elementwise),

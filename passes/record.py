@@ -13,7 +13,17 @@ import torch
 from torch.fx import Node
 
 from .dims import Dim, numel
-from .graph import Graph, Literal, Op, Val, constant, getitem, is_random, map_, scan, stop_gradient, stop_reverse, substitute, typed
+from .graph import (
+    Graph,
+    Literal,
+    Op,
+    Val,
+    constant,
+    getitem,
+    is_random,
+    substitute,
+    typed,
+)
 from .infer import infer
 
 aten = torch.ops.aten

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import errors
 from .dims import from_torch, to_torch
 from .functionalize import functionalize
-from .graph import Graph, Val, stop_gradient
+from .graph import Graph, Val, is_random, stop_gradient
 from .infer import hermetic, infer, meta_result
 from .record import Builder, Value, vals
 
@@ -73,6 +73,7 @@ class Recorder(TorchDispatchMode):
         self.builder = Builder(None)
         self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
         self.mutates = False
+        self.randomness: str | None = None  # that of the vmap this capture is the body of
         self.keeps_sources = keeps_sources
 
     @classmethod
@@ -122,9 +123,9 @@ class Recorder(TorchDispatchMode):
 
     def inline(self, graph: Graph, tensors, tracks: bool = False) -> list[Tracer | None]:
         """Copy a finished graph in, its inputs bound to tensors; under no_grad its results stop reverse mode."""
-        first = len(self.builder.fx.nodes)
+        for n in graph.nodes:
+            _refuse_draw(n)
         outs = self.builder.inline(graph, [self.lift(t) for t in tensors])
-        del first
         if not torch.is_grad_enabled():
             from .graph import stop_reverse
 
@@ -137,7 +138,7 @@ class Recorder(TorchDispatchMode):
             return handler(self, func, *args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
-        _refuse(func)
+        _refuse(func, args)
         tracers: list[torch.Tensor] = []
         values = tuple(self._values(args, tracers))
         keywords = {k: self._values(v, tracers) for k, v in kwargs.items()}
@@ -202,9 +203,22 @@ def _as_torch(func, out):
     return out
 
 
-def _refuse(func) -> None:
+def _refuse(func, args) -> None:
+    _refuse_draw(func)
+    if func is aten.index.Tensor and not any(_is_mask(i) for i in args[1]):
+        return
     if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
         raise errors.ValueDependent(op=func)
+
+
+def _is_mask(index) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _refuse_draw(call) -> None:
+    """Random draws need a vmap that says what they mean."""
+    if is_random(call) and any(r.randomness == "error" for r in _stack.recorders):
+        raise errors.RandomInVmap(op=getattr(call, "target", call))
 
 
 def _value_dependent(recorder, func, *args, **kwargs):
@@ -222,7 +236,30 @@ def _same(recorder, func, x):
     return Tracer(recorder, recorder.lift(x), getattr(x, "tracks", x.requires_grad))
 
 
+def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
+    """Batch norm writes to its running statistics without saying so: the functional form and two writes."""
+    def call(op, *args):
+        return recorder.__torch_dispatch__(op, (), args)
+
+    if not training:
+        return call(aten._native_batch_norm_legit_no_training.default, x, w, b, mean, var, momentum, eps)
+    if mean is None:
+        return call(aten._native_batch_norm_legit.no_stats, x, w, b, True, momentum, eps)
+    *out, new_mean, new_var = call(aten._native_batch_norm_legit_functional.default, x, w, b, mean, var, True, momentum, eps)
+    new_mean.tracks = new_var.tracks = False
+    call(aten.copy_.default, mean, new_mean)
+    call(aten.copy_.default, var, new_var)
+    return tuple(out)
+
+
+def _cudnn_batch_norm(recorder, func, *args):
+    return (*_batch_norm(recorder, func, *args), recorder.__torch_dispatch__(aten.new_empty.default, (), (args[0], [0])))
+
+
 DISPATCH = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
     aten._local_scalar_dense.default: _value_dependent,
     aten.lift_fresh.default: _lift_fresh,
     aten.lift_fresh_copy.default: _lift_fresh,

@@ -1,6 +1,7 @@
 """The rule rows, by family. Importing this package fills the table."""
 
-from . import matmul, pointwise, reduce, region, shape
+from . import conv, indexing, loss, matmul, norm, pointwise, random, reduce, region, shape
 from .table import ROWS, Row, Undefined
 
-__all__ = ["ROWS", "Row", "Undefined", "matmul", "pointwise", "reduce", "region", "shape"]
+__all__ = ["ROWS", "Row", "Undefined", "conv", "indexing", "loss", "matmul", "norm", "pointwise", "random", "reduce", "region",
+           "shape"]

@@ -142,8 +142,9 @@ def batched_matmul(ctx, op, args, kwargs):
 def draw(ctx, op, args, kwargs):
     """A random op under randomness="different": one draw for each example."""
     values = [ctx.lift(a) if isinstance(a, (Mapped, Value)) else a for a in args]
-    if not shapes_of(args):  # a factory: its size grows
-        values[0] = [ctx.length, *values[0]]
+    for i, a in enumerate(op._schema.arguments[: len(values)]):
+        if a.name == "size":  # a factory grows
+            values[i] = [ctx.length, *values[i]]
     return ctx.b.emit(op, tuple(values), kwargs)
 
 

@@ -34,3 +34,16 @@ def _mv(a, b):
 composite(aten.mv.default, _mv)
 composite(aten.dot.default, lambda a, b: (a * b).sum())
 composite(aten.vdot.default, lambda a, b: (a.conj() * b).sum())
+
+
+def _trilinear(a, b, c, expand_a, expand_b, expand_c, sums, unroll=1):
+    """The sum over some axes of a product of three tensors, each missing some of the axes."""
+    def grown(x, dims):
+        rank = x.ndim + len(dims)
+        sizes = iter(x.shape)
+        return x.reshape([1 if i in {d % rank for d in dims} else next(sizes) for i in range(rank)])
+
+    return (grown(a, expand_a) * grown(b, expand_b) * grown(c, expand_c)).sum(list(sums))
+
+
+composite(aten._trilinear.default, _trilinear)

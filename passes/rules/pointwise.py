@@ -18,6 +18,7 @@ rule(aten.div.Tensor, jvp=[lambda t, y, a, b: t / b, lambda t, y, a, b: t * (-y 
      transpose=[lambda ct, a, b: ct / _conj(b), None], batch=pointwise)
 linear(aten.neg.default, lambda ct, a: -ct, batch=pointwise)
 linear(aten._conj_physical.default, lambda ct, a: ct.conj(), batch=pointwise)
+linear(aten._conj.default, lambda ct, a: ct.conj(), batch=pointwise)
 linear(aten._to_copy.default, lambda ct, a, **kwargs: ct, batch=pointwise)
 composite(aten.add.Scalar, lambda a, b, alpha=1: a + b * alpha)
 composite(aten.sub.Scalar, lambda a, b, alpha=1: a - b * alpha)
@@ -28,6 +29,12 @@ composite(aten.addcmul.default, lambda a, b, c, value=1: a + b * c * value)
 composite(aten.addcdiv.default, lambda a, b, c, value=1: a + b / c * value)
 composite(aten.lerp.Scalar, lambda a, b, weight: a + (b - a) * weight)
 composite(aten.lerp.Tensor, lambda a, b, weight: a + (b - a) * weight)
+elementwise(aten.remainder.Tensor, lambda t, y, a, b: t, lambda t, y, a, b: -t * (a / b).floor())
+elementwise(aten.remainder.Scalar, lambda t, y, a, b: t)
+elementwise(aten.fmod.Tensor, lambda t, y, a, b: t, lambda t, y, a, b: -t * (a / b).trunc())
+elementwise(aten.fmod.Scalar, lambda t, y, a, b: t)
+elementwise(aten.div.Tensor_mode, lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t / b,
+            lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t * (-y / b))
 
 
 def _conj(x):
@@ -78,6 +85,7 @@ elementwise(aten.asinh.default, lambda t, y, a: t * (a * a + 1).rsqrt())
 elementwise(aten.acosh.default, lambda t, y, a: t * ((a - 1).rsqrt() * (a + 1).rsqrt()))
 elementwise(aten.atanh.default, lambda t, y, a: t / (1 - a * a))
 elementwise(aten.atan2.default, lambda t, y, a, b: t * (b / (a * a + b * b)), lambda t, y, a, b: t * (-a / (a * a + b * b)))
+elementwise(aten.hypot.default, lambda t, y, a, b: t * (a / y), lambda t, y, a, b: t * (b / y))
 elementwise(aten.erf.default, lambda t, y, a: t * ((-a * a).exp() * (2 / math.sqrt(math.pi))))
 elementwise(aten.erfc.default, lambda t, y, a: t * ((-a * a).exp() * (-2 / math.sqrt(math.pi))))
 elementwise(aten.lgamma.default, lambda t, y, a: t * a.digamma())
@@ -154,13 +162,47 @@ elementwise(aten.clamp_max.Tensor, lambda t, y, a, hi: a.le(hi).where(t, 0.0), l
 rule(aten.masked_fill.Scalar, jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO],
      transpose=[lambda ct, a, m, v: m.where(0.0, ct), None], batch=pointwise)
 rule(aten.masked_fill.Tensor, jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO, lambda t, y, a, m, v: m.where(t, 0.0)],
-     transpose=[lambda ct, a, m, v: m.where(0.0, ct), None, lambda ct, a, m, v: m.where(ct, 0.0)], batch=pointwise)
+     transpose=[lambda ct, a, m, v: m.where(0.0, ct), None, lambda ct, a, m, v: m.where(ct, 0.0)],
+     batch=lambda ctx, op, args, kwargs: _masked_fill(ctx, *args))
+
+
+def _masked_fill(ctx, a, m, v):
+    """The fill may carry the axis, which only `where` allows."""
+    if v.dtype != a.dtype:
+        v = ctx.call(aten._to_copy.default, (v,), {"dtype": a.dtype})
+    return pointwise(ctx, aten.where.self, (m, v, a), {})
+
+
+# ----- complex numbers ------------------------------------------------------------------------------------------------
+
+def _sgn(t, y, a):
+    """z / |z|; zero at zero."""
+    if not a.dtype.is_complex:
+        return None
+    size = a.abs()
+    along = (t * y.conj()).to(size.dtype)
+    return size.eq(0).where(0.0, (t - y * along) / size)
+
+
+def _angle(t, y, a):
+    """Im(t / z); zero at zero and for real numbers."""
+    if not a.dtype.is_complex:
+        return None
+    size = a.abs()
+    return size.eq(0).where(0.0, (t * (a.conj() * -1j)).to(y.dtype) / (size * size))
+
+
+elementwise(aten.sgn.default, _sgn)
+elementwise(aten.angle.default, _angle)
+rule(aten.complex.default, jvp=[lambda t, y, a, b: t.to(y.dtype), lambda t, y, a, b: t.to(y.dtype) * 1j],
+     transpose=[lambda ct, a, b: ct.to(a.dtype), lambda ct, a, b: (ct * -1j).to(b.dtype)], batch=pointwise)
+composite(aten.polar.default, lambda a, b: (a * b.cos()).call(aten.complex.default, a * b.sin()), batch=pointwise)
 
 # ----- no derivative --------------------------------------------------------------------------------------------------
 for _op in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge):
     zero(_op.Tensor, batch=pointwise)
     zero(_op.Scalar, batch=pointwise)
-for _op in (aten.sign, aten.sgn, aten.floor, aten.ceil, aten.round, aten.trunc, aten.logical_not, aten.bitwise_not, aten.isnan,
+for _op in (aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc, aten.logical_not, aten.bitwise_not, aten.isnan,
             aten.isinf, aten.logical_and, aten.logical_or, aten.logical_xor, aten.signbit):
     zero(_op.default, batch=pointwise)
 for _op in (aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.floor_divide):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..dims import numel
 from ..record import aten
 from .batching import along, full_reduction, reduction
@@ -66,10 +68,18 @@ def _real(dtype):
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
 
 
-composite(aten.var.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim))
-composite(aten.std.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim).sqrt())
+def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
+    """Zero where the deviation is zero."""
+    centred = a - _mean(a, dim, True)
+    along = (t * centred.conj()).to(y.dtype).sum(dims_of(a, dim), keepdim)
+    return y.eq(0).where(0.0, along / (y * _at_least_zero(_count(a, dim), 1 if correction is None else correction)))
+
+
+composite(aten.var.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim),
+          batch=along("dim"))
+rule(aten.std.correction, jvp=[_std], batch=along("dim"))
 composite(aten.var_mean.correction, lambda a, dim=None, *, correction=None, keepdim=False: (
-    _variance(a, dim, correction, keepdim), _mean(a, dim, keepdim)))
+    _variance(a, dim, correction, keepdim), _mean(a, dim, keepdim)), batch=along("dim"))
 
 
 # ----- extrema: ties share, as in torch -------------------------------------------------------------------------------
@@ -136,31 +146,88 @@ def _uncumsum(ct, a, dim, dtype=None):
 linear(aten.cumsum.default, _uncumsum, batch=along("dim"))
 
 
+def _shifted(x, dim: int, by: int, fill):
+    """`x` moved up along a dim, `fill` coming in."""
+    padded = x.call(aten.constant_pad_nd.default, [0, 0] * (x.ndim - 1 - dim) + [by, 0], fill)
+    return padded.call(aten.slice.Tensor, dim, 0, x.shape[dim])
+
+
+def _prefixes(x, dim: int, combine, unit):
+    """Prefix results of an associative operation by doubling: exact at zeros, differentiable any number of times."""
+    if not x.ndim:
+        return x
+    dim, by = dim % x.ndim, 1
+    while by < _static(x.shape[dim]):
+        x = combine(x, _shifted(x, dim, by, unit))
+        by *= 2
+    return x
+
+
+def _static(size) -> int:
+    if not isinstance(size, int):
+        from ..errors import DynamicShape
+
+        raise DynamicShape(what="a product or a cumulative operation along a symbolic axis")
+    return size
+
+
+def _product(x, dim: int, keepdim=False):
+    """Halves multiplied until one is left."""
+    if not x.ndim:
+        return x
+    dim = dim % x.ndim
+    n = _static(x.shape[dim])
+    x = x if n else x.full([*x.shape[:dim], 1, *x.shape[dim + 1:]], 1)
+    while (n := x.shape[dim]) > 1:
+        half = (n + 1) // 2
+        low, high = x.call(aten.slice.Tensor, dim, 0, half), x.call(aten.slice.Tensor, dim, half, n)
+        high = high if n % 2 == 0 else high.call(aten.constant_pad_nd.default, [0, 0] * (x.ndim - 1 - dim) + [0, 1], 1)
+        x = low * high
+    return x if keepdim else x.reshape([*x.shape[:dim], *x.shape[dim + 1:]])
+
+
+def _cast(a, dtype):
+    return a if dtype is None else a.to(dtype)
+
+
+def _logadd(a, b):
+    return a.call(aten.logaddexp.default, b)
+
+
+composite(aten.cumprod.default, lambda a, dim, *, dtype=None: _prefixes(_cast(a, dtype), dim, lambda a, b: a * b, 1), batch=along("dim"))
+composite(aten.logcumsumexp.default, lambda a, dim: _prefixes(a, dim, _logadd, -math.inf), batch=along("dim"))
+composite(aten.prod.dim_int, lambda a, dim, keepdim=False, *, dtype=None: _product(_cast(a, dtype), dim, keepdim), batch=along("dim"))
+composite(aten.prod.default, lambda a, *, dtype=None: _product(_cast(a, dtype).reshape([-1]), 0),
+          batch=lambda ctx, op, args, kwargs: ctx.b.emit(aten.prod.dim_int, (args[0].x.reshape(
+              [ctx.length, numel(args[0].shape)]), 1), kwargs))
+
+# ----- norms ----------------------------------------------------------------------------------------------------------
 composite(aten.norm.Scalar, lambda a, p=2: a.call(aten.linalg_vector_norm.default, p))
+composite(aten.dist.default, lambda a, b, p=2: (a - b).call(aten.linalg_vector_norm.default, p))
+composite(aten.trace.default, lambda a: a.call(aten.diagonal.default).sum())
 composite(aten.norm.ScalarOpt_dim, lambda a, p, dim, keepdim=False: a.call(aten.linalg_vector_norm.default, 2 if p is None else p, dim, keepdim))
 
 
 def _vector_norm(ts, y, a, p=2, dim=None, keepdim=False, *, dtype=None):
     """Zero at zero for p >= 1, as torch: the subgradient of least norm."""
-    import math
-
     t, yk = ts[0], kept(y, a, dim, keepdim)
-    if a.dtype.is_complex:
-        from ..errors import MissingRule
-
-        raise MissingRule(op=aten.linalg_vector_norm.default, rule="jvp (complex)")
     if p == 0:
         return None
-    if math.isinf(p):
-        hit = a.abs().eq(yk).to(a.dtype)
-        return (t * (a.sgn() * hit / hit.sum(dims_of(a, dim), True))).sum(dims_of(a, dim), keepdim)
-    if p == 1:
-        weight = a.sgn()
-    elif p == 2:
+    if p == 2:
         weight = yk.eq(0).where(0.0, a / yk)
     else:
-        weight = (yk.eq(0) | a.eq(0)).where(0.0, a.sgn() * (a.abs() / yk).pow(p - 1))
-    return (t * weight).sum(dims_of(a, dim), keepdim)
+        weight = a.sgn() * _norm_weight(a.abs(), yk, p, dim)
+    return (t * weight.conj()).to(y.dtype).sum(dims_of(a, dim), keepdim)
+
+
+def _norm_weight(size, yk, p, dim):
+    """d norm / d |a|."""
+    if math.isinf(p):
+        hit = size.eq(yk).to(size.dtype)
+        return hit / hit.sum(dims_of(size, dim), True)
+    if p == 1:
+        return size.full([], 1)
+    return (yk.eq(0) | size.eq(0)).where(0.0, (size / yk).pow(p - 1))
 
 
 rule(aten.linalg_vector_norm.default, jvp=_vector_norm, batch=along("dim"))

@@ -1,0 +1,74 @@
+"""Losses, as compositions: PyTorch's choices at ties and bounds are those of the ops they are written with."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dims import numel
+from ..record import Value, aten
+from .table import composite
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def _reduced(x, reduction):
+    """reduction: 0 none, 1 mean, 2 sum."""
+    return x if reduction == NONE else x.sum() if reduction == SUM else x.sum() / numel(x.shape)
+
+
+def _square(x):
+    return x * x
+
+
+def _smooth(a, b, reduction=MEAN, beta=1.0):
+    d = a - b
+    return _reduced(d.abs() if beta == 0 else d.abs().lt(beta).where(d * d * (0.5 / beta), d.abs() - 0.5 * beta), reduction)
+
+
+def _huber(a, b, reduction=MEAN, delta=1.0):
+    d = a - b
+    return _reduced(d.abs().le(delta).where(d * d * 0.5, (d.abs() - 0.5 * delta) * delta), reduction)
+
+
+def _cross(p, target, weight=None, reduction=MEAN):
+    """Logarithms are cut at -100, as in torch."""
+    loss = (target - 1) * (1 - p).log().clamp_min(-100) - target * p.log().clamp_min(-100)
+    return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+def _cross_with_logits(x, target, weight=None, pos_weight=None, reduction=MEAN):
+    log = x.call(aten.log_sigmoid_forward.default)[0]
+    scale = log if pos_weight is None else log * ((pos_weight - 1) * target + 1)
+    loss = (1 - target) * x - scale
+    return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+composite(aten.mse_loss.default, lambda a, b, reduction=MEAN: _reduced(_square(a - b), reduction))
+composite(aten.smooth_l1_loss.default, _smooth)
+composite(aten.huber_loss.default, _huber)
+composite(aten.binary_cross_entropy.default, _cross)
+composite(aten.binary_cross_entropy_with_logits.default, _cross_with_logits)
+composite(aten.soft_margin_loss.default, lambda a, y, reduction=MEAN: _reduced((-y * a).exp().log1p(), reduction))
+
+
+def _nll(x, target, weight, reduction, ignore_index):
+    """Negative log likelihood, classes at axis 1 (axis 0 of a vector): (loss, total weight)."""
+    dim = min(x.ndim - 1, 1)
+    ignored = target.eq(ignore_index)
+    index = ignored.where(0, target) if target.dtype == torch.int64 else ignored.where(0, target.to(torch.int64))
+    unit = [*index.shape[:dim], 1, *index.shape[dim:]]
+    picked = x.call(aten.gather.default, dim, index.reshape(unit)).reshape(list(index.shape))
+    w = x.full(index.shape, 1) if weight is None else _weights(weight, index)
+    w = ignored.where(0.0, w)
+    loss = ignored.where(0.0, -picked) * w
+    if reduction == NONE:
+        return loss, x.full([], 0)
+    return (loss.sum() / w.sum() if reduction == MEAN else loss.sum()), w.sum()
+
+
+def _weights(weight: Value, index: Value):
+    return weight.call(aten.index.Tensor, [index])
+
+
+composite(aten.nll_loss_forward.default, _nll)
+composite(aten.nll_loss2d_forward.default, _nll)

@@ -1,0 +1,38 @@
+"""Every rule row against torch.func: the table of cases times the checks of the harness."""
+
+from __future__ import annotations
+
+import pytest
+from rule_cases import CASES
+from rule_harness import CHECKS, SIZES, Problem, error, run
+
+import fxfunc
+
+pytestmark = [pytest.mark.filterwarnings("error:fxfunc"), pytest.mark.filterwarnings("ignore:There is a performance drop")]
+BY_NAME = {c.name: c for c in CASES}
+assert len(BY_NAME) == len(CASES), "two cases of one name"
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_rule(name, check):
+    for n in SIZES:
+        run(BY_NAME[name], check, n)
+
+
+@pytest.mark.parametrize("name,dtype", [(c.name, d) for c in CASES for d in c.dtypes], ids=str)
+def test_dtype(name, dtype):
+    for check in ("jvp", "vjp", "vmap", "vmap_vjp"):
+        run(BY_NAME[name], check, SIZES[0], dtype)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_adjoint(name):
+    """<ct, J t> = <J* ct, t>: forward and reverse mode are one linear map."""
+    p = Problem(BY_NAME[name], SIZES[0])
+    if p.empty or not p.case.adjoint:
+        return
+    pushed, pulled = fxfunc.jvp(p.g, p.xs, p.ts)[1], fxfunc.vjp(p.g, *p.xs)[1](p.cts)
+    left = sum((ct.conj() * t).sum().real for ct, t in zip(p.cts, pushed, strict=True))
+    right = sum((ct.conj() * t).sum().real for ct, t in zip(pulled, p.ts, strict=True))
+    assert error(left, right) <= 1e-10
