@@ -31,7 +31,9 @@ def compile(graph: Graph, backend: str | None, target: str | None, device: str) 
     """Lower and compile a captured graph; backend None is "triton" for CUDA tensors or targets, else "eager"."""
     backend = backend or ("triton" if (target or device).startswith("cuda") else "eager")
     if backend not in BACKENDS:
-        raise errors.BackendError(backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}.")
+        raise errors.BackendError(
+            backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
+        )
     start = time.perf_counter()
     low = lowered(graph)
     middle = time.perf_counter()
@@ -51,7 +53,9 @@ def default_target() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise errors.BackendError(backend="triton", what="no GPU here to compile for", instead='Give target="cuda:80" or "cuda:90".')
+        raise errors.BackendError(
+            backend="triton", what="no GPU here to compile for", instead='Give target="cuda:80" or "cuda:90".'
+        )
     major, minor = torch.cuda.get_device_capability()
     return f"cuda:{major}{minor}"
 

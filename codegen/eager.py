@@ -83,11 +83,19 @@ class _Writer:
         self.sizes = {name: self.fresh(name) for name in _dims_used(self.graph)}
         self.block(self.graph, "        ", set(self.graph.inputs))
         self.lines.append(f"        return [{', '.join(self.results())}]")
-        is_grad, set_grad = self.bind("is_grad", torch.is_grad_enabled), self.bind("set_grad", torch._C._set_grad_enabled)
+        is_grad, set_grad = (
+            self.bind("is_grad", torch.is_grad_enabled),
+            self.bind("set_grad", torch._C._set_grad_enabled),
+        )
         head = ["def program(tensors):", f"    grad = {is_grad}()", f"    {set_grad}(False)",
                 f"    autocast = {self.bind('no_autocast', _no_autocast)}()", "    try:"]  # fmt: skip
-        head += [f"        {''.join(n + ', ' for n in names)}= tensors", "        del tensors"] if names else []
-        head += [f"        {line}" for line in [*self.read_sizes(), *(f"{v} = {k}" for k, v in self.prologue.items())]]
+        head += (
+            [f"        {''.join(n + ', ' for n in names)}= tensors", "        del tensors"] if names else []
+        )
+        head += [
+            f"        {line}"
+            for line in [*self.read_sizes(), *(f"{v} = {k}" for k, v in self.prologue.items())]
+        ]
         first = [self.names[n] for n in self.graph.inputs if n not in _used(self.graph)]
         head += [f"        del {', '.join(first)}"] if first else []
         tail = ["    finally:", f"        {set_grad}(grad)", "        del autocast"]
@@ -125,7 +133,15 @@ class _Writer:
         """Lines that read each symbolic size off an input."""
         lines = []
         for name, local in self.sizes.items():
-            found = next(((n, i) for n in self.graph.inputs for i, s in enumerate(n.meta["val"].shape) if s == Dim(name)), None)
+            found = next(
+                (
+                    (n, i)
+                    for n in self.graph.inputs
+                    for i, s in enumerate(n.meta["val"].shape)
+                    if s == Dim(name)
+                ),
+                None,
+            )
             if found is None:
                 raise errors.DynamicShape(what=f"the size {name}, which no input has as an axis of its own")
             lines.append(f"{local} = {self.names[found[0]]}.size({found[1]})")
@@ -133,7 +149,13 @@ class _Writer:
 
     def size(self, d: Dim) -> str:
         """A Dim over the locals that hold the sizes."""
-        return "(" + " + ".join("*".join([str(c)] * (c != 1 or not m) + [self.atom(a) for a in m]) for m, c in d.terms) + ")"
+        return (
+            "("
+            + " + ".join(
+                "*".join([str(c)] * (c != 1 or not m) + [self.atom(a) for a in m]) for m, c in d.terms
+            )
+            + ")"
+        )
 
     def atom(self, a: str | tuple) -> str:
         return self.sizes[a] if isinstance(a, str) else f"({self.size(a[1])} {a[0]} {a[2]})"
@@ -157,7 +179,13 @@ class _Writer:
         if x is None or isinstance(x, (bool, int, str)):
             return repr(x)
         if isinstance(x, float):
-            return repr(x) if math.isfinite(x) else self.bind("nan" if x != x else "inf", x) if x != -math.inf else f"-{self.bind('inf', math.inf)}"
+            return (
+                repr(x)
+                if math.isfinite(x)
+                else self.bind("nan" if x != x else "inf", x)
+                if x != -math.inf
+                else f"-{self.bind('inf', math.inf)}"
+            )
         return self.bind(str(x).removeprefix("torch."), x)
 
     def sequence(self, xs: Sequence) -> str:
@@ -201,7 +229,11 @@ class _Writer:
         if op is kernel_op:
             return self.kernel(n)
         if isinstance(op, Op):
-            raise errors.BackendError(backend="eager", what=f"{op} is not lowered", instead="Lower the graph first (passes/pipeline.py).")
+            raise errors.BackendError(
+                backend="eager",
+                what=f"{op} is not lowered",
+                instead="Lower the graph first (passes/pipeline.py).",
+            )
         args, kwargs = _positional(op, args, n.kwargs)
         given = [self.arg(a) for a in args] + [f"{k}={self.arg(v)}" for k, v in kwargs.items()]
         function = best(op, args)
@@ -216,7 +248,9 @@ class _Writer:
         k, *operands = n.args
         launcher = None if self.kernels is None else self.kernels.get(k)
         if launcher is None and self.kernels is not None:
-            raise errors.BackendError(backend="eager", what=f"nothing computes the kernel {k.name}", instead="Give its launcher.")
+            raise errors.BackendError(
+                backend="eager", what=f"nothing computes the kernel {k.name}", instead="Give its launcher."
+            )
         sizes = ", ".join(f"{name!r}: {self.sizes[name]}" for name in k.sizes)
         call = f"{self.bind(f'kernel_{k.name}', launcher or k)}([{', '.join(map(self.arg, operands))}], {{{sizes}}})"
         return call + "[0]" if isinstance(n.meta["val"], Val) else call
@@ -246,21 +280,34 @@ class _Writer:
         name = self.fresh("ys")
         dtype, device = self.arg(val.dtype), self.arg(val.device)
         shape = self.arg((length, *val.shape))
-        self.lines.append(f"{indent}{name} = {self.bind('torch_empty', torch.empty)}({shape}, dtype={dtype}, device={device})")
+        self.lines.append(
+            f"{indent}{name} = {self.bind('torch_empty', torch.empty)}({shape}, dtype={dtype}, device={device})"
+        )
         return name
 
-    def header(self, n: Node, xs: Sequence[tuple[Node, Node]], ys: Sequence[str], cells: Sequence[str], indent: str) -> None:
+    def header(
+        self, n: Node, xs: Sequence[tuple[Node, Node]], ys: Sequence[str], cells: Sequence[str], indent: str
+    ) -> None:
         """The `for` line: a step's xs, and the places of its ys."""
         unbind = self.bind("torch_unbind", torch.unbind)
         turn = "[::-1]" if n.kwargs["reverse"] else ""
-        sources = [f"range({self.arg(n.kwargs['length'])})", *(f"{unbind}({v}){turn}" for v in [*(self.names[x] for x, _ in xs), *ys])]
+        sources = [
+            f"range({self.arg(n.kwargs['length'])})",
+            *(f"{unbind}({v}){turn}" for v in [*(self.names[x] for x, _ in xs), *ys]),
+        ]
         targets = [self.fresh("step"), *(self.name(inner) for _, inner in xs), *cells]
         where = n.meta.get("source")
         tail = f"  # {_comment(where)}" if where else ""
-        loop = f"{targets[0]} in {sources[0]}" if len(sources) == 1 else f"{', '.join(targets)} in zip({', '.join(sources)})"
+        loop = (
+            f"{targets[0]} in {sources[0]}"
+            if len(sources) == 1
+            else f"{', '.join(targets)} in zip({', '.join(sources)})"
+        )
         self.lines.append(f"{indent}for {loop}:{tail}")
 
-    def body(self, body: Graph, state: Sequence[Node], steps: Sequence[Node], cells: Sequence[str], indent: str) -> None:
+    def body(
+        self, body: Graph, state: Sequence[Node], steps: Sequence[Node], cells: Sequence[str], indent: str
+    ) -> None:
         """One step: from the carry and a slice of each x to the new carry, and each y in its cell."""
         used, before = _used(body), len(self.lines)
         unused = [x for x in [*state, *steps] if x not in used]
@@ -289,7 +336,13 @@ class _Writer:
             root = None if n is None else _root(n)
             copied = n is not None and (root in seen and root not in self.graph.inputs or _is_constant(root))
             seen.add(root)
-            out.append("None" if n is None else f"{self.bind('torch_clone', torch.clone)}({self.names[n]})" if copied else self.names[n])
+            out.append(
+                "None"
+                if n is None
+                else f"{self.bind('torch_clone', torch.clone)}({self.names[n]})"
+                if copied
+                else self.names[n]
+            )
         return out
 
 
@@ -308,7 +361,9 @@ def _comment(where: object) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", os.path.basename(str(where)))[:120]
 
 
-def _positional(op: torch._ops.OpOverload, args: Sequence, kwargs: Mapping[str, object]) -> tuple[tuple, dict[str, object]]:
+def _positional(
+    op: torch._ops.OpOverload, args: Sequence, kwargs: Mapping[str, object]
+) -> tuple[tuple, dict[str, object]]:
     """The same arguments, by position as far as the schema allows."""
     if not kwargs:
         return tuple(args), {}
@@ -329,7 +384,10 @@ def _root(n: Node) -> object:
     """What owns the memory of a value, as far as schemas tell: the value that it views, or itself."""
     while n.op == "call_function":
         source = n.args[0] if n.target is getitem else n
-        if isinstance(source.target, torch._ops.OpOverload) and source.target._schema.returns[0].alias_info is not None:
+        if (
+            isinstance(source.target, torch._ops.OpOverload)
+            and source.target._schema.returns[0].alias_info is not None
+        ):
             n = source.args[0]
         elif n.target is getitem:
             return (source, n.args[1])

@@ -28,8 +28,16 @@ def dump(graph: Graph, literals: list[torch.Tensor]) -> dict:
     number = {n: i for i, n in enumerate([*graph.inputs, *graph.nodes])}
     return {
         "inputs": [[n.name, _dump_val(n.meta["val"])] for n in graph.inputs],
-        "nodes": [[n.name, _target_name(n.target), [_dump(a, number, literals) for a in n.args],
-                   {k: _dump(v, number, literals) for k, v in n.kwargs.items()}, _dump_val(n.meta["val"])] for n in graph.nodes],
+        "nodes": [
+            [
+                n.name,
+                _target_name(n.target),
+                [_dump(a, number, literals) for a in n.args],
+                {k: _dump(v, number, literals) for k, v in n.kwargs.items()},
+                _dump_val(n.meta["val"]),
+            ]
+            for n in graph.nodes
+        ],
         "outputs": [None if n is None else number[n] for n in graph.outputs],
     }
 
@@ -39,7 +47,9 @@ def load(data: dict, literals: list[torch.Tensor]) -> Graph:
     try:
         return _load_graph(data, literals)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-        raise e if isinstance(e, SerialError) else SerialError(f"malformed graph ({type(e).__name__}: {e})") from e
+        raise (
+            e if isinstance(e, SerialError) else SerialError(f"malformed graph ({type(e).__name__}: {e})")
+        ) from e
 
 
 def _target_name(target) -> str:
@@ -86,7 +96,14 @@ def _dump(x, number, literals):
 
 _ENCODERS = (
     (float, "f", lambda x: x.hex() if math.isfinite(x) else repr(x)),
-    (complex, "c", lambda x: [x.real.hex() if math.isfinite(x.real) else repr(x.real), x.imag.hex() if math.isfinite(x.imag) else repr(x.imag)]),
+    (
+        complex,
+        "c",
+        lambda x: [
+            x.real.hex() if math.isfinite(x.real) else repr(x.real),
+            x.imag.hex() if math.isfinite(x.imag) else repr(x.imag),
+        ],
+    ),
     (str, "s", str),
     (torch.dtype, "t", lambda x: str(x).removeprefix("torch.")),
     (torch.device, "d", str),
@@ -137,7 +154,11 @@ def dump_val(val: Val):
 
 
 def _load_vals(data):
-    return tuple(None if v is None else load_val(v) for v in data["many"]) if isinstance(data, dict) else load_val(data)
+    return (
+        tuple(None if v is None else load_val(v) for v in data["many"])
+        if isinstance(data, dict)
+        else load_val(data)
+    )
 
 
 def _load_size(s):
@@ -171,7 +192,7 @@ def _float(x: str) -> float:
 def _load(x, nodes, literals):
     if x is None or isinstance(x, (bool, int)):
         return x
-    (tag, value), = x.items()
+    ((tag, value),) = x.items()
     if tag in ("l", "u"):
         out = [_load(y, nodes, literals) for y in value]
         return out if tag == "l" else tuple(out)
@@ -205,8 +226,14 @@ def _string(x) -> str:
 
 
 _DECODERS = {
-    "f": _float, "c": lambda x: complex(_float(x[0]), _float(x[1])), "s": _string, "t": _load_dtype, "d": lambda x: torch.device(_string(x)),
-    "m": _named(torch.memory_format), "y": _named(torch.layout), "D": _load_dim,
+    "f": _float,
+    "c": lambda x: complex(_float(x[0]), _float(x[1])),
+    "s": _string,
+    "t": _load_dtype,
+    "d": lambda x: torch.device(_string(x)),
+    "m": _named(torch.memory_format),
+    "y": _named(torch.layout),
+    "D": _load_dim,
 }
 
 
@@ -219,7 +246,11 @@ def _load_graph(data: dict, literals) -> Graph:
     for name, target, args, kwargs, val in data["nodes"]:
         arguments = tuple(_load(a, nodes, literals) for a in args)
         keywords = {_identifier(k): _load(v, nodes, literals) for k, v in kwargs.items()}
-        nodes.append(_node(fx, names, "call_function", name, _load_target(target), arguments, keywords, _load_vals(val)))
+        nodes.append(
+            _node(
+                fx, names, "call_function", name, _load_target(target), arguments, keywords, _load_vals(val)
+            )
+        )
     fx.output(tuple(None if i is None else nodes[_index(i, nodes)] for i in data["outputs"]))
     return Graph(fx)
 

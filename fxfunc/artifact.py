@@ -38,15 +38,22 @@ def save(compiled: Compiled, path, *, captures: str = "error", key: bytes | None
     """
     path = os.fspath(path)
     if captures not in ("error", "store"):
-        raise errors.ArtifactError(path=path, what=f"captures={captures!r}", instead='Use "error" or "store".')
+        raise errors.ArtifactError(
+            path=path, what=f"captures={captures!r}", instead='Use "error" or "store".'
+        )
     if compiled.captures and captures == "error":
         names = "; ".join(f"{c.name} {tuple(c.shape)} at {c.source}" for c in compiled.captures)
-        raise errors.ArtifactError(path=path, what=f"the function closes over {len(compiled.captures)} tensors: {names}",
-                                   instead='Pass them as arguments, or save with captures="store".')
+        raise errors.ArtifactError(
+            path=path,
+            what=f"the function closes over {len(compiled.captures)} tensors: {names}",
+            instead='Pass them as arguments, or save with captures="store".',
+        )
     try:
         members, manifest = _members(compiled)
     except serial.SerialError as e:
-        raise errors.ArtifactError(path=path, what=str(e), instead="Simplify the arguments to dicts, lists, tuples and plain values.") from e
+        raise errors.ArtifactError(
+            path=path, what=str(e), instead="Simplify the arguments to dicts, lists, tuples and plain values."
+        ) from e
     text = json.dumps(manifest, indent=1).encode()
     members = {_MANIFEST: text, **members}
     if key is not None:
@@ -64,12 +71,19 @@ def _members(compiled: Compiled) -> tuple[dict[str, bytes], dict]:
     for k in compiled.kernels:
         members |= {f"kernels/{k.name}/{name}": data for name, data in k.files().items()}
     manifest = {
-        "format": FORMAT, "fxfunc": _version(), "torch": torch.__version__.split("+")[0],
-        "backend": compiled.backend, "target": compiled.target,
+        "format": FORMAT,
+        "fxfunc": _version(),
+        "torch": torch.__version__.split("+")[0],
+        "backend": compiled.backend,
+        "target": compiled.target,
         "signature": _dump_signature(compiled.signature),
-        "constants": [_dump_tensor(t) for t in constants], "literals": literals,
+        "constants": [_dump_tensor(t) for t in constants],
+        "literals": literals,
         "captures": [{"name": c.name, "source": os.path.basename(c.source or "")} for c in compiled.captures],
-        "members": {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in members.items()},
+        "members": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in members.items()
+        },
     }
     return members, manifest
 
@@ -86,7 +100,11 @@ def _dump_tensor(t: torch.Tensor) -> list:
 
 def _bytes(t: torch.Tensor) -> bytes:
     flat = t.detach().cpu().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() and _has_numpy() else _slow_bytes(flat)
+    return (
+        bytes(flat.view(torch.uint8).numpy().tobytes())
+        if flat.numel() and _has_numpy()
+        else _slow_bytes(flat)
+    )
 
 
 def _has_numpy() -> bool:
@@ -121,15 +139,25 @@ def _write(path: str, members: dict[str, bytes]) -> None:
 
 # ----- signatures as JSON ---------------------------------------------------------------------------------------------
 
+
 def _dump_signature(s: Signature) -> dict:
-    return {"arguments": _dump_tree(pytree.tree_unflatten(list(s.in_leaves), s.in_spec)), "vals": [serial.dump_val(v) for v in s.in_vals],
-            "results": _dump_tree(pytree.tree_unflatten(list(s.out_leaves), s.out_spec))}
+    return {
+        "arguments": _dump_tree(pytree.tree_unflatten(list(s.in_leaves), s.in_spec)),
+        "vals": [serial.dump_val(v) for v in s.in_vals],
+        "results": _dump_tree(pytree.tree_unflatten(list(s.out_leaves), s.out_spec)),
+    }
 
 
 def _load_signature(data: dict) -> Signature:
     in_leaves, in_spec = pytree.tree_flatten(_load_tree(data["arguments"]))
     out_leaves, out_spec = pytree.tree_flatten(_load_tree(data["results"]))
-    return Signature(in_spec, tuple(in_leaves), tuple(serial.load_val(v) for v in data["vals"]), out_spec, tuple(out_leaves))
+    return Signature(
+        in_spec,
+        tuple(in_leaves),
+        tuple(serial.load_val(v) for v in data["vals"]),
+        out_spec,
+        tuple(out_leaves),
+    )
 
 
 def _dump_tree(x):
@@ -147,7 +175,7 @@ def _dump_tree(x):
 
 
 def _load_tree(data):
-    (kind, x), = data.items()
+    ((kind, x),) = data.items()
     if kind == "tensor":
         return TENSOR
     if kind == "value":
@@ -164,13 +192,20 @@ def _load_tree(data):
 
 # ----- reading --------------------------------------------------------------------------------------------------------
 
+
 def check(path, key: bytes | None = None) -> dict:
     """The manifest of an artifact, after checking its format, sizes, digests and (with a key) its signature."""
     return _read(os.fspath(path), key)[0]
 
 
-def load(path, *, captures: dict[str, torch.Tensor] | None = None, key: bytes | None = None, trust: bool = False,
-         backend: str | None = None) -> Compiled:
+def load(
+    path,
+    *,
+    captures: dict[str, torch.Tensor] | None = None,
+    key: bytes | None = None,
+    trust: bool = False,
+    backend: str | None = None,
+) -> Compiled:
     """The compiled function of an artifact; no capture, no pass, no compile.
 
     captures: tensors to bind in place of stored ones, by name. key: require a manifest signed with it.
@@ -180,12 +215,18 @@ def load(path, *, captures: dict[str, torch.Tensor] | None = None, key: bytes | 
     path = os.fspath(path)
     manifest, members = _read(path, key)
     try:
-        constants = [_tensor(members[f"constants/{i}"], *spec) for i, spec in enumerate(manifest["constants"])]
+        constants = [
+            _tensor(members[f"constants/{i}"], *spec) for i, spec in enumerate(manifest["constants"])
+        ]
         literals = manifest["literals"]
         graph = serial.load(json.loads(members[_GRAPH]), constants[:literals])
         signature = _load_signature(manifest["signature"])
     except (serial.SerialError, KeyError, ValueError, TypeError, RuntimeError) as e:
-        raise errors.ArtifactError(path=path, what=str(e), instead="It was written by another version or is damaged; compile it again.") from e
+        raise errors.ArtifactError(
+            path=path,
+            what=str(e),
+            instead="It was written by another version or is damaged; compile it again.",
+        ) from e
     bound = _bound(path, manifest["captures"], constants[literals:], captures or {})
     return _rebuilt(path, manifest, graph, signature, bound, backend)
 
@@ -194,7 +235,9 @@ def _rebuilt(path, manifest, graph, signature, captures, backend) -> Compiled:
     if backend not in (None, "eager"):
         from fxfunc.codegen import backends
 
-        return Compiled(backends.compile(graph, backend, None, "cpu"), signature, captures, None, {}, loaded_as="rebuilt")
+        return Compiled(
+            backends.compile(graph, backend, None, "cpu"), signature, captures, None, {}, loaded_as="rebuilt"
+        )
     program = Program(graph, manifest["backend"], manifest["target"], eager.emit(graph))
     return Compiled(program, signature, captures, None, {}, loaded_as="eager")
 
@@ -202,14 +245,20 @@ def _rebuilt(path, manifest, graph, signature, captures, backend) -> Compiled:
 def _bound(path, listed, stored, given) -> list[Capture]:
     unknown = sorted(given.keys() - {c["name"] for c in listed})
     if unknown:
-        raise errors.ArtifactError(path=path, what=f"no capture is named {', '.join(unknown)}",
-                                   instead=f"Its captures are {[c['name'] for c in listed]}.")
+        raise errors.ArtifactError(
+            path=path,
+            what=f"no capture is named {', '.join(unknown)}",
+            instead=f"Its captures are {[c['name'] for c in listed]}.",
+        )
     out = []
     for c, t in zip(listed, stored, strict=True):
         new = given.get(c["name"], t)
         if (new.shape, new.dtype) != (t.shape, t.dtype):
-            raise errors.ArtifactError(path=path, what=f"capture {c['name']} is {tuple(t.shape)} {t.dtype}, not {tuple(new.shape)} {new.dtype}",
-                                       instead="Bind a tensor of the same shape and dtype.")
+            raise errors.ArtifactError(
+                path=path,
+                what=f"capture {c['name']} is {tuple(t.shape)} {t.dtype}, not {tuple(new.shape)} {new.dtype}",
+                instead="Bind a tensor of the same shape and dtype.",
+            )
         out.append(Capture(c["name"], tuple(new.shape), new.dtype, c["source"], new))
     return out
 
@@ -229,47 +278,71 @@ def _read(path: str, key: bytes | None) -> tuple[dict, dict[str, bytes]]:
     except FileNotFoundError as e:
         raise errors.ArtifactError(path=path, what="no such file", instead="Check the path.") from e
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as e:
-        raise errors.ArtifactError(path=path, what=f"not an artifact, or truncated ({e})", instead="Compile and save it again.") from e
+        raise errors.ArtifactError(
+            path=path, what=f"not an artifact, or truncated ({e})", instead="Compile and save it again."
+        ) from e
     except Exception as e:
         if isinstance(e, errors.FxfuncError):
             raise
-        raise errors.ArtifactError(path=path, what=f"damaged ({type(e).__name__}: {e})", instead="Compile and save it again.") from e
+        raise errors.ArtifactError(
+            path=path, what=f"damaged ({type(e).__name__}: {e})", instead="Compile and save it again."
+        ) from e
 
 
 def _manifest(path: str, archive: zipfile.ZipFile, key: bytes | None) -> dict:
     names = archive.namelist()
     if _MANIFEST not in names:
-        raise errors.ArtifactError(path=path, what="a zip file without a manifest", instead="It was not written by fxfunc.")
+        raise errors.ArtifactError(
+            path=path, what="a zip file without a manifest", instead="It was not written by fxfunc."
+        )
     if archive.getinfo(_MANIFEST).file_size > _LARGEST_MANIFEST:
-        raise errors.ArtifactError(path=path, what="its manifest is too large", instead="It was not written by fxfunc.")
+        raise errors.ArtifactError(
+            path=path, what="its manifest is too large", instead="It was not written by fxfunc."
+        )
     text = archive.read(_MANIFEST)
     if key is not None:
         _check_mac(path, archive, names, text, key)
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
         newer = isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT
-        raise errors.ArtifactError(path=path, what=f"format {manifest.get('format')!r}, this version reads {FORMAT}",
-                                   instead="Update fxfunc." if newer else "Compile and save it again.")
+        raise errors.ArtifactError(
+            path=path,
+            what=f"format {manifest.get('format')!r}, this version reads {FORMAT}",
+            instead="Update fxfunc." if newer else "Compile and save it again.",
+        )
     return manifest
 
 
 def _check_mac(path, archive, names, text, key) -> None:
     expected = hmac.new(key, text, hashlib.sha256).hexdigest().encode()
     if _MAC not in names or not hmac.compare_digest(archive.read(_MAC), expected):
-        raise errors.ArtifactError(path=path, what="not signed with this key" if _MAC in names else "not signed",
-                                   instead="Use the key given to save, or load it without a key.")
+        raise errors.ArtifactError(
+            path=path,
+            what="not signed with this key" if _MAC in names else "not signed",
+            instead="Use the key given to save, or load it without a key.",
+        )
 
 
 def _checked_members(path: str, archive: zipfile.ZipFile, manifest: dict) -> dict[str, bytes]:
     listed = manifest["members"]
     found = set(archive.namelist()) - {_MANIFEST, _MAC}
     if len(archive.namelist()) != len(set(archive.namelist())) or found != set(listed):
-        raise errors.ArtifactError(path=path, what=f"members missing or added: {sorted(found ^ set(listed))}", instead="Compile and save it again.")
+        raise errors.ArtifactError(
+            path=path,
+            what=f"members missing or added: {sorted(found ^ set(listed))}",
+            instead="Compile and save it again.",
+        )
     out = {}
     for name, row in listed.items():
         if archive.getinfo(name).file_size != row["size"]:
-            raise errors.ArtifactError(path=path, what=f"{name} has another size than its manifest says", instead="Compile and save it again.")
+            raise errors.ArtifactError(
+                path=path,
+                what=f"{name} has another size than its manifest says",
+                instead="Compile and save it again.",
+            )
         out[name] = archive.read(name)
         if hashlib.sha256(out[name]).hexdigest() != row["sha256"]:
-            raise errors.ArtifactError(path=path, what=f"{name} was altered (digest mismatch)", instead="Compile and save it again.")
+            raise errors.ArtifactError(
+                path=path, what=f"{name} was altered (digest mismatch)", instead="Compile and save it again."
+            )
     return out

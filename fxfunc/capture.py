@@ -46,7 +46,9 @@ class Captured:
     def outputs(self, tensors: list):
         """The function's result, its tensors being these in order."""
         tensors = iter(tensors)
-        return pytree.tree_unflatten([next(tensors) if x is _TENSOR else x for x in self.out_leaves], self.out_spec)
+        return pytree.tree_unflatten(
+            [next(tensors) if x is _TENSOR else x for x in self.out_leaves], self.out_spec
+        )
 
 
 _TENSOR = object()
@@ -63,12 +65,18 @@ def check_tensors(transform: str, leaves) -> None:
         raise errors.NestedTorchFunc(transform=transform)
     for t in leaves:
         if is_tensor(t) and t.layout is not torch.strided:
-            raise errors.NotSupported(what=f"{transform} of a tensor of layout {t.layout}", instead="Convert it with .to_dense().")
+            raise errors.NotSupported(
+                what=f"{transform} of a tensor of layout {t.layout}", instead="Convert it with .to_dense()."
+            )
         if is_tensor(t) and t.is_quantized:
-            raise errors.NotSupported(what=f"{transform} of a quantized tensor", instead="Convert it with .dequantize().")
+            raise errors.NotSupported(
+                what=f"{transform} of a quantized tensor", instead="Convert it with .dequantize()."
+            )
 
 
-def capture(function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, refuse=True) -> Captured:
+def capture(
+    function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, refuse=True
+) -> Captured:
     """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
 
     tracks: for each of them, whether the code sees `requires_grad == True`. randomness: that of an enclosing vmap.
@@ -82,8 +90,13 @@ def capture(function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
         graph = recorder.finish([x for x in out_leaves if is_tensor(x)], refuse=refuse)
     captures = [(t, source) for t, _, source in recorder.captures.values()]
-    return Captured(graph, [t for t, _ in captures], [s for _, s in captures],
-                    [_TENSOR if is_tensor(x) else x for x in out_leaves], out_spec)
+    return Captured(
+        graph,
+        [t for t, _ in captures],
+        [s for _, s in captures],
+        [_TENSOR if is_tensor(x) else x for x in out_leaves],
+        out_spec,
+    )
 
 
 def foreign_modes_off():
@@ -95,7 +108,9 @@ def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | No
     """The outputs of a graph at these tensors: recorded if a capture is under way, else computed."""
     recorder = current()
     if recorder is not None:
-        tracks = torch.is_grad_enabled() and any(t.tracks if isinstance(t, Tracer) else t.requires_grad for t in tensors)
+        tracks = torch.is_grad_enabled() and any(
+            t.tracks if isinstance(t, Tracer) else t.requires_grad for t in tensors
+        )
         return recorder.inline(graph, tensors, tracks)
     return run(graph, compiled, tensors)
 
@@ -146,16 +161,18 @@ class _Differentiable(torch.autograd.Function):
         nonzero = tuple(t.requires_grad and t.dtype.is_floating_point | t.dtype.is_complex for t in tensors)
         cut = _cut(graph, nonzero)
         results = compile_(cut.primal)(list(tensors))
-        outs, residuals = results[: cut.count], results[cut.count:]
+        outs, residuals = results[: cut.count], results[cut.count :]
         ctx.graph, ctx.compile, ctx.nonzero, ctx.count = graph, compile_, nonzero, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, z in zip(outs, cut.nonzero_out, strict=True) if o is not None and not z))
+        ctx.mark_non_differentiable(
+            *(o for o, z in zip(outs, cut.nonzero_out, strict=True) if o is not None and not z)
+        )
         ctx.save_for_backward(*tensors, *residuals)
         return tuple(o.view_as(o) if any(o is t for t in tensors) and o is not None else o for o in outs)
 
     @staticmethod
     def backward(ctx, *cts):
-        tensors, residuals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count:]
+        tensors, residuals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         cut = _cut(ctx.graph, ctx.nonzero)
         given = [j for j, ct in enumerate(cts) if ct is not None and cut.nonzero_out[j]]
         if torch.is_grad_enabled():

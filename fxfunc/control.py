@@ -38,7 +38,7 @@ def scan(f, init, xs=None, length: int | None = None, reverse: bool = False):
     ys_spec = _checked_body(captured, carry_spec, vals[: len(carry)])
     graph = _scan_graph(captured.graph, len(carry), len(vals), length, reverse)
     results = execute(graph, [*tensors, *captured.captures])
-    ys = pytree.tree_unflatten(results[len(carry):], ys_spec)
+    ys = pytree.tree_unflatten(results[len(carry) :], ys_spec)
     return pytree.tree_unflatten(results[: len(carry)], carry_spec), ys
 
 
@@ -63,10 +63,14 @@ def _item(val: Val) -> Val:
 
 def _length(xs, length):
     if any(x.ndim == 0 for x in xs):
-        raise errors.StructureMismatch(what="scan: a leaf of xs has no axis to loop over", expected="leaves with a leading axis")
+        raise errors.StructureMismatch(
+            what="scan: a leaf of xs has no axis to loop over", expected="leaves with a leading axis"
+        )
     sizes = {from_torch(x.shape[0]) for x in xs} | ({length} if length is not None else set())
     if len(sizes) != 1:
-        what = "needs xs or length" if not sizes else f"was given different lengths: {sorted(map(str, sizes))}"
+        what = (
+            "needs xs or length" if not sizes else f"was given different lengths: {sorted(map(str, sizes))}"
+        )
         raise errors.StructureMismatch(what=f"scan {what}", expected="one length")
     return sizes.pop()
 
@@ -75,14 +79,21 @@ def _checked_body(captured, carry_spec, vals):
     """The structure of y, after checking that the body keeps its carry."""
     out = captured.outputs(list(captured.graph.outputs))
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise errors.StructureMismatch(what="scan: the body must return a pair (carry, y)", expected="(carry, y)")
+        raise errors.StructureMismatch(
+            what="scan: the body must return a pair (carry, y)", expected="(carry, y)"
+        )
     carry, spec = pytree.tree_flatten(out[0])
     got = [n.meta["val"] if isinstance(n, torch.fx.Node) else n for n in carry]
     if spec != carry_spec or got != vals:
-        raise errors.StructureMismatch(what=f"scan: the body turns a carry of {_text(vals)} into {_text(got)}", expected="a carry that stays as it is")
+        raise errors.StructureMismatch(
+            what=f"scan: the body turns a carry of {_text(vals)} into {_text(got)}",
+            expected="a carry that stays as it is",
+        )
     ys, ys_spec = pytree.tree_flatten(out[1])
     if not all(isinstance(y, torch.fx.Node) for y in ys):
-        raise errors.StructureMismatch(what="scan: the body returns a y that is not made of tensors", expected="tensors or None")
+        raise errors.StructureMismatch(
+            what="scan: the body returns a y that is not made of tensors", expected="tensors or None"
+        )
     return ys_spec
 
 
@@ -98,6 +109,11 @@ def _scan_graph(body: Graph, n_carry: int, n_args: int, length, reverse: bool) -
     b = Builder(SIMPLIFY)
     vals = body.in_vals
     stacked = [Val((length, *v.shape), v.dtype, v.device) for v in vals[n_carry:n_args]]
-    inputs = [b.input(v, n.name) for v, n in zip([*vals[:n_carry], *stacked, *vals[n_args:]], body.inputs, strict=True)]
+    inputs = [
+        b.input(v, n.name)
+        for v, n in zip([*vals[:n_carry], *stacked, *vals[n_args:]], body.inputs, strict=True)
+    ]
     ordered = extract([*body.inputs[n_args:], *body.inputs[:n_args]], list(body.outputs))
-    return b.finish(emit_scan(b, ordered, inputs[n_args:], inputs[:n_carry], inputs[n_carry:n_args], length, reverse))
+    return b.finish(
+        emit_scan(b, ordered, inputs[n_args:], inputs[:n_carry], inputs[n_carry:n_args], length, reverse)
+    )

@@ -13,6 +13,7 @@ _SKIP = _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameActi
 
 def entry(function: Callable) -> Callable:
     """A public function that Dynamo leaves alone, and whatever it calls. (torch.compiler.disable would import Dynamo.)"""
+
     @functools.wraps(function)
     def call(*args, **kwargs):
         return function(*args, **kwargs)

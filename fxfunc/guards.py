@@ -12,7 +12,19 @@ import types
 import torch
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
-_FOREIGN = ("torch", "fxfunc", "builtins", "numpy", "math", "functools", "operator", "itertools", "collections", "typing", "random")
+_FOREIGN = (
+    "torch",
+    "fxfunc",
+    "builtins",
+    "numpy",
+    "math",
+    "functools",
+    "operator",
+    "itertools",
+    "collections",
+    "typing",
+    "random",
+)
 _MISSING = object()
 _LIMIT = 20_000
 
@@ -86,7 +98,11 @@ class Guards:
             self._container(x, list(x))
         elif isinstance(x, torch.nn.Module):
             self._module(x)
-        elif not isinstance(x, types.ModuleType) and hasattr(x, "__dict__") and not _foreign(type(x).__module__):
+        elif (
+            not isinstance(x, types.ModuleType)
+            and hasattr(x, "__dict__")
+            and not _foreign(type(x).__module__)
+        ):
             self._container(x.__dict__, list(x.__dict__))
             self._methods(type(x))
 
@@ -100,7 +116,9 @@ class Guards:
             for store in (m._parameters, m._buffers, m._modules):
                 self._container(store, list(store))
             for key, value in list(m.__dict__.items()):
-                if isinstance(value, (*_PLAIN, torch.Tensor, list, tuple)) or (key not in _MODULE_STATE and isinstance(value, dict)):
+                if isinstance(value, (*_PLAIN, torch.Tensor, list, tuple)) or (
+                    key not in _MODULE_STATE and isinstance(value, dict)
+                ):
                     self._item(m.__dict__, key)
             self._methods(type(m))
 
@@ -144,7 +162,11 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _read(container, key):
     try:
-        return container.cell_contents if key is None and isinstance(container, types.CellType) else container[key]
+        return (
+            container.cell_contents
+            if key is None and isinstance(container, types.CellType)
+            else container[key]
+        )
     except (KeyError, IndexError, ValueError):
         return _MISSING
 
@@ -156,4 +178,14 @@ def same_signature(a, b: torch.Tensor) -> bool:
 
 def signature(t: torch.Tensor) -> tuple:
     """What a capture may have depended on in a tensor, its values aside."""
-    return (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_conj(), t.is_neg(), t.storage_offset() % 16 == 0)
+    return (
+        type(t),
+        t.shape,
+        t.stride(),
+        t.dtype,
+        t.device,
+        t.requires_grad,
+        t.is_conj(),
+        t.is_neg(),
+        t.storage_offset() % 16 == 0,
+    )

@@ -49,8 +49,10 @@ def spec(example: torch.Tensor, dims: dict[int, Dim]) -> Spec:
     """
     for axis, dim in dims.items():
         if not -example.ndim <= axis < example.ndim or not isinstance(dim, Dim):
-            raise errors.TypeOfArgument(what=f"spec: axis {axis} with size {dim!r} for a tensor of shape {tuple(example.shape)}",
-                                        instead="Map axes of the tensor to fxfunc.Dim objects.")
+            raise errors.TypeOfArgument(
+                what=f"spec: axis {axis} with size {dim!r} for a tensor of shape {tuple(example.shape)}",
+                instead="Map axes of the tensor to fxfunc.Dim objects.",
+            )
     return Spec(example, tuple(sorted((axis % example.ndim, dim) for axis, dim in dims.items())))
 
 
@@ -86,7 +88,9 @@ class _Jit:
         functools.update_wrapper(self, f, updated=())
         self.function = f
         self.static_argnums = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        self.static_argnames = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self.static_argnames = (
+            (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        )
         self.cache_size = cache_size
         self.clear_cache()
 
@@ -124,7 +128,9 @@ class _Jit:
             return entry, closures
         self._misses += 1
         guards = Guards.of(f)
-        captured = capture(f, leaves, tree, vals_of(leaves), tracks=[t.requires_grad for t in tensors], refuse=False)
+        captured = capture(
+            f, leaves, tree, vals_of(leaves), tracks=[t.requires_grad for t in tensors], refuse=False
+        )
         entry = self._entries[key] = _Entry(captured, guards)
         while self.cache_size is not None and len(self._entries) > self.cache_size:
             self._entries.popitem(last=False)
@@ -141,16 +147,21 @@ class _Jit:
 
         def f(*rest, **keywords):
             rest = iter(rest)
-            return self.function(*(fixed[i] if i in positions else next(rest) for i in range(len(args))), **named, **keywords)
+            return self.function(
+                *(fixed[i] if i in positions else next(rest) for i in range(len(args))), **named, **keywords
+            )
 
         rest = tuple(a for i, a in enumerate(args) if i not in positions)
-        key = (tuple(sorted((i, type(v), v) for i, v in fixed.items())), tuple(sorted((k, type(v), v) for k, v in named.items())))
+        key = (
+            tuple(sorted((i, type(v), v) for i, v in fixed.items())),
+            tuple(sorted((k, type(v), v) for k, v in named.items())),
+        )
         return f, rest, {k: v for k, v in kwargs.items() if k not in named}, key
 
     def _written_back(self, entry: _Entry, inputs, results):
         written = entry.captured.graph.written
         if written:
-            results, new = results[: -len(written)], results[-len(written):]
+            results, new = results[: -len(written)], results[-len(written) :]
             with torch.no_grad():
                 for i, value in zip(written, new, strict=True):
                     inputs[i].copy_(value)
@@ -162,11 +173,22 @@ class _Jit:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         examples = [x.tensor if isinstance(x, Spec) else x for x in leaves]
         check_tensors("jit.lower", examples)
-        vals = [x.val if isinstance(x, Spec) else val_of(x) for x in leaves if isinstance(x, (Spec, torch.Tensor))]
+        vals = [
+            x.val if isinstance(x, Spec) else val_of(x) for x in leaves if isinstance(x, (Spec, torch.Tensor))
+        ]
         start = time.perf_counter()
-        captured = capture(f, examples, tree, vals, tracks=[x.requires_grad for x in examples if is_tensor(x)])
-        signature = Signature(tree, tuple(TENSOR if is_tensor(x) else x for x in examples), tuple(vals), captured.out_spec,
-                              tuple(TENSOR if t else x for t, x in zip(captured.tensor_flags, captured.out_leaves, strict=True)))
+        captured = capture(
+            f, examples, tree, vals, tracks=[x.requires_grad for x in examples if is_tensor(x)]
+        )
+        signature = Signature(
+            tree,
+            tuple(TENSOR if is_tensor(x) else x for x in examples),
+            tuple(vals),
+            captured.out_spec,
+            tuple(
+                TENSOR if t else x for t, x in zip(captured.tensor_flags, captured.out_leaves, strict=True)
+            ),
+        )
         return Lowered(captured, signature, {"capture": time.perf_counter() - start})
 
 
@@ -192,15 +214,23 @@ def _hashable(x) -> bool:
 def _check_hashable(fixed, named) -> None:
     for name, value in [*fixed.items(), *named.items()]:
         if not _hashable(value):
-            raise errors.TypeOfArgument(what=f"jit: the static argument {name!r} of type {type(value).__name__} cannot be hashed",
-                                        instead="Pass a hashable value, or let it be an ordinary argument.")
+            raise errors.TypeOfArgument(
+                what=f"jit: the static argument {name!r} of type {type(value).__name__} cannot be hashed",
+                instead="Pass a hashable value, or let it be an ordinary argument.",
+            )
 
 
 def _modes() -> tuple:
     """The global state a capture may depend on."""
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (autocast, torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled())
+    return (
+        autocast,
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+    )
 
 
 class Lowered:
@@ -210,9 +240,11 @@ class Lowered:
     def __init__(self, captured: Captured, signature: Signature, timings: dict[str, float]):
         self.graph: Graph = saw("captured", captured.graph)
         self.signature, self.timings = signature, timings
-        nodes = self.graph.inputs[len(signature.in_vals):]
-        self.captures = [Capture(n.name, tuple(t.shape), t.dtype, source, t)
-                         for n, t, source in zip(nodes, captured.captures, captured.sources, strict=True)]
+        nodes = self.graph.inputs[len(signature.in_vals) :]
+        self.captures = [
+            Capture(n.name, tuple(t.shape), t.dtype, source, t)
+            for n, t, source in zip(nodes, captured.captures, captured.sources, strict=True)
+        ]
 
     def as_text(self) -> str:
         """The graph as typed text."""
@@ -234,7 +266,15 @@ class Compiled:
     `loaded_as` says how a loaded one runs ("eager", "rebuilt", "native"); None for one compiled here.
     """
 
-    def __init__(self, program: Program, signature: Signature, captures: list[Capture], graph: Graph | None, timings, loaded_as=None):
+    def __init__(
+        self,
+        program: Program,
+        signature: Signature,
+        captures: list[Capture],
+        graph: Graph | None,
+        timings,
+        loaded_as=None,
+    ):
         self._program, self.signature, self.captures, self._graph = program, signature, captures, graph
         self.timings, self.loaded_as = timings, loaded_as
         self.backend, self.target, self.graph = program.backend, program.target, program.graph
@@ -249,13 +289,18 @@ class Compiled:
     def __call__(self, *args, **kwargs):
         inputs = [*self.signature.tensors(args, kwargs), *self._closed]
         if self._program.call is None:
-            raise errors.BackendError(backend=self.backend, what=f"compiled for {self.target}, which this machine has not",
-                                      instead="Save it and load it on a machine with that device.")
+            raise errors.BackendError(
+                backend=self.backend,
+                what=f"compiled for {self.target}, which this machine has not",
+                instead="Save it and load it on a machine with that device.",
+            )
         if self._graph is not None:
             return self.signature.outputs(run(self._graph, self._compile, inputs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            raise errors.NotSupported(what="differentiating through a loaded artifact",
-                                      instead="Call it under torch.no_grad(), or compile the derivative into the artifact.")
+            raise errors.NotSupported(
+                what="differentiating through a loaded artifact",
+                instead="Call it under torch.no_grad(), or compile the derivative into the artifact.",
+            )
         return self.signature.outputs(self._program.call(inputs))
 
     def _compile(self, graph: Graph):

@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 
 
-def functional_call(module: torch.nn.Module, parameter_and_buffer_dicts, args=None, kwargs=None, *, tie_weights: bool = True, strict: bool = False):
+def functional_call(
+    module: torch.nn.Module,
+    parameter_and_buffer_dicts,
+    args=None,
+    kwargs=None,
+    *,
+    tie_weights: bool = True,
+    strict: bool = False,
+):
     """The output of `module` with these parameters and buffers in place of its own. See torch.func.functional_call.
 
     parameter_and_buffer_dicts: a dict from names to tensors, or a tuple of such dicts with different keys.
     """
-    return torch.func.functional_call(module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
+    return torch.func.functional_call(
+        module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
+    )
 
 
 def stack_module_state(models):

@@ -46,13 +46,17 @@ class Signature:
             if not isinstance(x, torch.Tensor):
                 raise self._mismatch(f"tensor argument {i} is a {type(x).__name__}, not {v}")
             if x.dtype != v.dtype or x.device != v.device or not _fits(x.shape, v.shape, sizes):
-                raise self._mismatch(f"tensor argument {i} is {Val(tuple(x.shape), x.dtype, x.device)}, not {v}")
+                raise self._mismatch(
+                    f"tensor argument {i} is {Val(tuple(x.shape), x.dtype, x.device)}, not {v}"
+                )
         return tensors
 
     def outputs(self, tensors: list):
         """The result made of these tensors."""
         tensors = iter(tensors)
-        return pytree.tree_unflatten([next(tensors) if x is TENSOR else x for x in self.out_leaves], self.out_spec)
+        return pytree.tree_unflatten(
+            [next(tensors) if x is TENSOR else x for x in self.out_leaves], self.out_spec
+        )
 
     def _mismatch(self, what: str) -> errors.StructureMismatch:
         return errors.StructureMismatch(what=what, expected=", ".join(map(str, self.in_vals)))

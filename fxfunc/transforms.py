@@ -33,7 +33,11 @@ from .entry import entry
 def _argnums(transform: str, argnums, count: int) -> tuple[int, ...]:
     """argnums as non-negative ints, each once."""
     given = (argnums,) if isinstance(argnums, int) and not isinstance(argnums, bool) else argnums
-    ok = isinstance(given, tuple) and given and all(isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in given)
+    ok = (
+        isinstance(given, tuple)
+        and given
+        and all(isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in given)
+    )
     if not ok or len({i % count for i in given}) < len(given):
         raise errors.BadArgnums(transform=transform, argnums=argnums, count=count, low=-count, high=count - 1)
     return tuple(i % count for i in given)
@@ -48,26 +52,32 @@ class _Call:
         check_tensors(transform, self.leaves)
         self.single = isinstance(argnums, int)
         positions = _argnums(transform, argnums, len(args))
-        marked, _ = pytree.tree_flatten((tuple(pytree.tree_map(lambda _: i in positions, a) for i, a in enumerate(args)),
-                                         pytree.tree_map(lambda _: False, kwargs)))
+        marked = [i in positions for i, a in enumerate(args) for _ in pytree.tree_leaves(a)]
+        marked += [False] * (len(self.leaves) - len(marked))  # keyword arguments come last
         selected = args[positions[0]] if self.single else tuple(args[i] for i in positions)
         self.selected, self.selected_spec = pytree.tree_flatten(selected)
         self.order = _order(args, positions)
         self.tensors = [x for x in self.leaves if is_tensor(x)]
         self.marked = tuple(m for m, x in zip(marked, self.leaves, strict=True) if is_tensor(x))
         self._check()
-        self.captured: Captured = capture(function, self.leaves, self.spec, vals_of(self.leaves), tracks=self.marked)
+        self.captured: Captured = capture(
+            function, self.leaves, self.spec, vals_of(self.leaves), tracks=self.marked
+        )
         self.graph = self.captured.graph
         self.nonzero = self.marked + (False,) * len(self.captured.captures)
         self.inputs = [*self.tensors, *self.captured.captures]
 
     def _check(self) -> None:
         if not any(is_tensor(x) for x in self.selected):
-            raise errors.NoTensorInputs(transform=self.transform, what="among the arguments that argnums names")
+            raise errors.NoTensorInputs(
+                transform=self.transform, what="among the arguments that argnums names"
+            )
         for x in self.selected:
             if not is_tensor(x):
-                raise errors.TypeOfArgument(what=f"{self.transform}: an argument that argnums names holds {type(x).__name__}, not a tensor",
-                                            instead="Differentiate tensors only, or leave the argument out of argnums.")
+                raise errors.TypeOfArgument(
+                    what=f"{self.transform}: an argument that argnums names holds {type(x).__name__}, not a tensor",
+                    instead="Differentiate tensors only, or leave the argument out of argnums.",
+                )
             if not val_of(x).differentiable:
                 raise errors.NotDifferentiable(transform=self.transform, what="an argument", dtype=x.dtype)
 
@@ -92,8 +102,10 @@ def _split_aux(transform: str, captured: Captured, has_aux: bool):
         return len(captured.graph.outputs), lambda tensors: (captured.outputs(tensors), None)
     value = captured.outputs([_Mark(i) for i in range(len(captured.graph.outputs))])
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise errors.TypeOfArgument(what=f"{transform} with has_aux=True expects the function to return a tuple (output, aux)",
-                                    instead="Return exactly two values, or drop has_aux.")
+        raise errors.TypeOfArgument(
+            what=f"{transform} with has_aux=True expects the function to return a tuple (output, aux)",
+            instead="Return exactly two values, or drop has_aux.",
+        )
     count = sum(isinstance(x, _Mark) for x in pytree.tree_leaves(value[0]))
     return count, captured.outputs
 
@@ -105,17 +117,23 @@ class _Mark:
 
 def _check_outputs(transform: str, captured: Captured, count: int) -> None:
     if count == 0:
-        raise errors.TypeOfArgument(what=f"{transform} expects the function to return tensors", instead="Return a tensor or a structure of tensors.")
+        raise errors.TypeOfArgument(
+            what=f"{transform} expects the function to return tensors",
+            instead="Return a tensor or a structure of tensors.",
+        )
 
 
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
+
 
 @rewriting
 def _grad_graph(graph: Graph, nonzero: tuple[bool, ...]) -> Graph:
     """inputs -> the gradients of output 0 for the nonzero inputs, then all outputs."""
     b = Builder(SIMPLIFY)
     inputs = [b.input(n.meta["val"], n.name) for n in graph.inputs]
-    outs, cts = _emit_vjp(b, graph, inputs, nonzero, lambda outs: [b.full(outs[0].val, 1)] + [None] * (len(outs) - 1))
+    outs, cts = _emit_vjp(
+        b, graph, inputs, nonzero, lambda outs: [b.full(outs[0].val, 1)] + [None] * (len(outs) - 1)
+    )
     vals = [n.meta["val"] for n, z in zip(graph.inputs, nonzero, strict=True) if z]
     return b.finish([ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, vals, strict=True)] + outs)
 
@@ -125,7 +143,10 @@ def _scalar(transform: str, captured: Captured, has_aux: bool):
     count, split = _split_aux(transform, captured, has_aux)
     value, _ = split([_Mark(i) for i in range(len(captured.graph.outputs))])
     if not isinstance(value, _Mark) or count != 1:
-        raise errors.NonScalarOutput(transform=transform, got=f"a {type(value).__name__}" if not isinstance(value, _Mark) else f"{count} tensors")
+        raise errors.NonScalarOutput(
+            transform=transform,
+            got=f"a {type(value).__name__}" if not isinstance(value, _Mark) else f"{count} tensors",
+        )
     val = captured.graph.outputs[value.index].meta["val"]
     if val.shape != ():
         raise errors.NonScalarOutput(transform=transform, got=f"a tensor of shape {val.shape}")
@@ -149,6 +170,7 @@ def grad_and_value(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
     `f` returns a 0-d floating point tensor; the gradient has the structure, shapes and dtypes of the arguments that
     `argnums` names. Raises BadArgnums, NonScalarOutput, NotDifferentiable, NoTensorInputs. Follows torch.func.grad_and_value.
     """
+
     @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
@@ -160,6 +182,7 @@ def grad_and_value(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
 
 def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """As grad_and_value, in JAX's order: `(value, gradient)`, or `((value, aux), gradient)`. Follows jax.value_and_grad."""
+
     @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
@@ -174,6 +197,7 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
 
     Shapes, dtypes and errors as for grad_and_value.
     """
+
     @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
@@ -211,7 +235,7 @@ def vjp(f: Callable, *primals, has_aux: bool = False):
     _check_outputs("vjp", call.captured, count)
     cut = _cut(call.graph, call.nonzero, True)
     results = execute(cut.primal, call.inputs)
-    outs, residuals = results[: cut.count], results[cut.count:]
+    outs, residuals = results[: cut.count], results[cut.count :]
     value, aux = split(outs)
     out_leaves, out_spec = pytree.tree_flatten(value)
     vals = [call.graph.outputs[i].meta["val"] for i in range(count)]
@@ -232,17 +256,22 @@ def _matching(where: str, what: str, tree, leaves, spec, vals) -> list[torch.Ten
     """The tensor leaves of `tree`, which must match a structure of tensors."""
     given, given_spec = pytree.tree_flatten(tree)
     if given_spec != spec:
-        raise errors.StructureMismatch(what=f"{where}: the {what} has another structure than the {'output' if what == 'cotangent' else 'primals'}",
-                                       expected=str(spec))
+        raise errors.StructureMismatch(
+            what=f"{where}: the {what} has another structure than the {'output' if what == 'cotangent' else 'primals'}",
+            expected=str(spec),
+        )
     tensors = [x for x, like in zip(given, leaves, strict=True) if is_tensor(like)]
     for x, v in zip(tensors, vals, strict=True):
         if not is_tensor(x) or val_of(x).shape != v.shape or x.dtype != v.dtype:
             got = val_of(x) if is_tensor(x) else type(x).__name__
-            raise errors.StructureMismatch(what=f"{where}: a {what} is {got} where {v} belongs", expected=", ".join(map(str, vals)))
+            raise errors.StructureMismatch(
+                what=f"{where}: a {what} is {got} where {v} belongs", expected=", ".join(map(str, vals))
+            )
     return tensors
 
 
 # ----- forward mode ---------------------------------------------------------------------------------------------------
+
 
 @rewriting
 def _jvp_graph(graph: Graph, nonzero, count: int) -> Graph:
@@ -253,7 +282,13 @@ def _jvp_graph(graph: Graph, nonzero, count: int) -> Graph:
     n = len(graph.outputs)
     given = iter(outs[n:])
     tangents = [next(given) if z else None for z in flags][:count]
-    return b.finish(outs[:n] + [t if t is not None else b.full(_tangent_val(o.val), 0) for t, o in zip(tangents, outs, strict=False)])
+    return b.finish(
+        outs[:n]
+        + [
+            t if t is not None else b.full(_tangent_val(o.val), 0)
+            for t, o in zip(tangents, outs, strict=False)
+        ]
+    )
 
 
 def _tangent_val(val: Val) -> Val:
@@ -276,7 +311,9 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, h
     if strict:
         raise errors.NotSupported(what="jvp(strict=True)", instead="Call it with strict=False.")
     if not isinstance(tangents, tuple):
-        raise errors.StructureMismatch(what="jvp: tangents must be a tuple like primals", expected="a tuple of tangents")
+        raise errors.StructureMismatch(
+            what="jvp: tangents must be a tuple like primals", expected="a tuple of tangents"
+        )
     call = _primal_call("jvp", f, primals)
     vals = [val_of(t) for t in call.tensors]
     given = _matching("jvp", "tangent", tangents, *pytree.tree_flatten(primals), vals)
@@ -296,7 +333,7 @@ def linearize(f: Callable, *primals):
     cut = _cut(call.graph, call.nonzero, False)
     _check_outputs("linearize", call.captured, len(call.graph.outputs))
     results = execute(cut.primal, call.inputs)
-    outs, residuals = results[: cut.count], results[cut.count:]
+    outs, residuals = results[: cut.count], results[cut.count :]
     leaves, spec = pytree.tree_flatten(primals)
     vals = [val_of(t) for t in call.tensors]
     out_vals = call.graph.out_vals
@@ -313,10 +350,13 @@ def _instantiated(cut, out_vals) -> Graph:
     """The linear graph of a cut with zero tangents made real."""
     b = Builder(SIMPLIFY)
     given = iter(b.inline(cut.linear, [b.input(n.meta["val"], n.name) for n in cut.linear.inputs]))
-    return b.finish([next(given) if z else b.full(v, 0) for z, v in zip(cut.nonzero_out, out_vals, strict=True)])
+    return b.finish(
+        [next(given) if z else b.full(v, 0) for z, v in zip(cut.nonzero_out, out_vals, strict=True)]
+    )
 
 
 # ----- jacobians ------------------------------------------------------------------------------------------------------
+
 
 def _basis(b: Builder, val: Val):
     """The standard basis of a tensor's space: [numel, *shape]."""
@@ -331,7 +371,7 @@ def _jacrev_graph(graph: Graph, nonzero, count: int) -> Graph:
     inputs = [b.input(n.meta["val"], n.name) for n in graph.inputs]
     cut = _cut(graph, nonzero, True)
     results = b.inline(cut.primal, inputs)
-    outs, residuals = results[: cut.count], results[cut.count:]
+    outs, residuals = results[: cut.count], results[cut.count :]
     in_vals = [n.meta["val"] for n, z in zip(graph.inputs, nonzero, strict=True) if z]
     blocks, k = [], 0
     for j in range(count):
@@ -339,8 +379,12 @@ def _jacrev_graph(graph: Graph, nonzero, count: int) -> Graph:
         if cut.nonzero_out[j]:
             found = _rows(b, transposed(cut.linear, cut.residuals, [k]), residuals, outs[j].val)
             k += 1
-        blocks += [x.reshape([*outs[j].shape, *v.shape]) if x is not None else b.full(Val((*outs[j].shape, *v.shape), v.dtype, v.device), 0)
-                   for x, v in zip(found, in_vals, strict=True)]
+        blocks += [
+            x.reshape([*outs[j].shape, *v.shape])
+            if x is not None
+            else b.full(Val((*outs[j].shape, *v.shape), v.dtype, v.device), 0)
+            for x, v in zip(found, in_vals, strict=True)
+        ]
     return b.finish(blocks + outs)
 
 
@@ -368,12 +412,27 @@ def _jacfwd_graph(graph: Graph, nonzero, count: int) -> Graph:
     for i in (i for i, z in enumerate(nonzero) if z):
         cut = _cut(graph, tuple(j == i for j in range(len(nonzero))), False)
         results = b.inline(cut.primal, inputs)
-        outs, residuals = results[: cut.count], results[cut.count:]
+        outs, residuals = results[: cut.count], results[cut.count :]
         v = inputs[i].val
         flags = [False] * cut.residuals + [True]
-        tangents = iter(emit_map(b, cut.linear, [*residuals, _basis(b, v)], flags, ["stack"] * sum(cut.nonzero_out), numel(v.shape)))
-        columns.append([_column(next(tangents), o, v) if z else b.full(Val((*o.shape, *v.shape), o.dtype, o.device), 0)
-                        for z, o in zip(cut.nonzero_out, outs, strict=True)])
+        tangents = iter(
+            emit_map(
+                b,
+                cut.linear,
+                [*residuals, _basis(b, v)],
+                flags,
+                ["stack"] * sum(cut.nonzero_out),
+                numel(v.shape),
+            )
+        )
+        columns.append(
+            [
+                _column(next(tangents), o, v)
+                if z
+                else b.full(Val((*o.shape, *v.shape), o.dtype, o.device), 0)
+                for z, o in zip(cut.nonzero_out, outs, strict=True)
+            ]
+        )
     return b.finish([column[j] for j in range(count) for column in columns] + outs)
 
 
@@ -389,12 +448,14 @@ def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs):
     results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)
     width = sum(call.marked)
     rows = [call.unflatten(results[j * width : (j + 1) * width]) for j in range(count)]
-    value, aux = split(results[count * width:])
+    value, aux = split(results[count * width :])
     leaves, spec = pytree.tree_flatten(value)
     return pytree.tree_unflatten(rows, spec), aux
 
 
-def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None) -> Callable:
+def jacrev(
+    f: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
+) -> Callable:
     """The Jacobian of `f` by reverse mode: for output shape O and input shape I a tensor [*O, *I], in the structure of the
     output with that of the selected arguments inside. Errors as for vjp. Follows torch.func.jacrev."""
     _no_chunks("jacrev", chunk_size)
@@ -408,7 +469,9 @@ def jacrev(f: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = F
     return wrapper
 
 
-def jacfwd(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, randomness: str = "error") -> Callable:
+def jacfwd(
+    f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, randomness: str = "error"
+) -> Callable:
     """As jacrev, by forward mode. Follows torch.func.jacfwd."""
     _check_randomness(randomness)
 
@@ -433,14 +496,21 @@ def _no_chunks(transform: str, chunk_size) -> None:
 
 # ----- vmap -----------------------------------------------------------------------------------------------------------
 
+
 def _check_randomness(randomness: str) -> None:
     if randomness == "same":
-        raise errors.NotSupported(what='randomness="same"', instead='Use randomness="different", or draw outside vmap.')
+        raise errors.NotSupported(
+            what='randomness="same"', instead='Use randomness="different", or draw outside vmap.'
+        )
     if randomness not in ("error", "different"):
-        raise errors.TypeOfArgument(what=f"vmap: randomness is {randomness!r}", instead='Use "error" or "different".')
+        raise errors.TypeOfArgument(
+            what=f"vmap: randomness is {randomness!r}", instead='Use "error" or "different".'
+        )
 
 
-def vmap(func: Callable, in_dims=0, out_dims=0, randomness: str = "error", *, chunk_size: int | None = None) -> Callable:
+def vmap(
+    func: Callable, in_dims=0, out_dims=0, randomness: str = "error", *, chunk_size: int | None = None
+) -> Callable:
     """Map `func` over an axis of its arguments. Follows torch.func.vmap.
 
     in_dims: an int (may be negative), None, or a structure of these matching the arguments; out_dims likewise for the
@@ -466,15 +536,17 @@ def _vmap(func, in_dims, out_dims, randomness, args, kwargs):
     for x, d in zip(leaves, dims, strict=True):
         if is_tensor(x):
             v = val_of(x)
-            vals.append(v if d is None else Val(v.shape[:d] + v.shape[d + 1:], v.dtype, v.device))
+            vals.append(v if d is None else Val(v.shape[:d] + v.shape[d + 1 :], v.dtype, v.device))
     captured = capture(func, leaves, spec, vals, randomness=randomness, refuse=False)
     tensors = [x for x in leaves if is_tensor(x)]
     tensor_dims = [d for x, d in zip(leaves, dims, strict=True) if is_tensor(x)]
     written = _written_args(captured, tensor_dims)
     out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in written]
-    graph = _map_graph(captured.graph, tuple(tensor_dims), tuple(out), length, randomness, tuple(vals_of(leaves)))
+    graph = _map_graph(
+        captured.graph, tuple(tensor_dims), tuple(out), length, randomness, tuple(vals_of(leaves))
+    )
     results = execute(graph, tensors + captured.captures)
-    for i, value in zip(written, results[len(results) - len(written):], strict=True):
+    for i, value in zip(written, results[len(results) - len(written) :], strict=True):
         tensors[i].copy_(value)
     return captured.outputs(results)
 
@@ -491,7 +563,7 @@ def _written_args(captured: Captured, dims) -> tuple[int, ...]:
 def _map_graph(body: Graph, dims, out_dims, length, randomness, vals) -> Graph:
     """inputs with their mapped axes anywhere -> the outputs of the map, axes moved where they belong."""
     b = Builder(SIMPLIFY)
-    full = [*vals, *body.in_vals[len(vals):]]
+    full = [*vals, *body.in_vals[len(vals) :]]
     inputs = [b.input(v, n.name) for v, n in zip(full, body.inputs, strict=True)]
     dims = [*dims, *[None] * (len(inputs) - len(dims))]
     operands = [x.movedim(d, 0) if d else x for x, d in zip(inputs, dims, strict=True)]
@@ -510,7 +582,9 @@ def _in_dims(in_dims, args, kwargs, leaves) -> list[int | None]:
     given = tuple(in_dims) if isinstance(in_dims, list) else in_dims
     flat = pytree._broadcast_to_and_flatten(given, spec)
     if flat is None:
-        raise errors.BadInDims(what=f"in_dims {in_dims!r} does not match the structure of the {len(args)} arguments")
+        raise errors.BadInDims(
+            what=f"in_dims {in_dims!r} does not match the structure of the {len(args)} arguments"
+        )
     flat = [*flat, *(0 if is_tensor(x) else None for x in pytree.tree_leaves(kwargs))]
     return [_checked_dim(d, x, in_dims) for d, x in zip(flat, leaves, strict=True)]
 
@@ -521,7 +595,9 @@ def _checked_dim(d, x, in_dims):
     if isinstance(d, bool) or not isinstance(d, int):
         raise errors.BadInDims(what=f"in_dims {in_dims!r} holds {d!r}, which is neither an int nor None")
     if not is_tensor(x):
-        raise errors.BadInDims(what=f"in_dims {in_dims!r} names dim {d} of an input of type {type(x).__name__}, which is no tensor")
+        raise errors.BadInDims(
+            what=f"in_dims {in_dims!r} names dim {d} of an input of type {type(x).__name__}, which is no tensor"
+        )
     if not -x.ndim <= d < x.ndim:
         raise errors.BadInDims(what=f"in_dims {in_dims!r} names dim {d} of a tensor with {x.ndim} dimensions")
     return d % x.ndim
@@ -532,7 +608,9 @@ def _length(leaves, dims):
     if not sizes:
         raise errors.BadInDims(what="no argument is mapped: in_dims is None everywhere")
     if len(sizes) > 1:
-        raise errors.BadInDims(what=f"the mapped axes have different sizes: {', '.join(sorted(map(str, sizes)))}")
+        raise errors.BadInDims(
+            what=f"the mapped axes have different sizes: {', '.join(sorted(map(str, sizes)))}"
+        )
     return sizes.pop()
 
 
@@ -540,11 +618,15 @@ def _out_dims(out_dims, captured: Captured) -> list[int | None]:
     """One dim (non-negative) or None per output tensor."""
     outputs = captured.graph.outputs[: len(captured.graph.outputs) - len(captured.graph.written)]
     if any(not is_tensor_mark for is_tensor_mark in captured.tensor_flags):
-        raise errors.TypeOfArgument(what="vmap: the mapped function must return only tensors",
-                                    instead="Return tensors, or return other values from outside vmap.")
+        raise errors.TypeOfArgument(
+            what="vmap: the mapped function must return only tensors",
+            instead="Return tensors, or return other values from outside vmap.",
+        )
     flat = pytree._broadcast_to_and_flatten(out_dims, captured.out_spec)
     if flat is None:
-        raise errors.BadOutDims(what=f"out_dims {out_dims!r} does not match the structure of the outputs ({captured.out_spec})")
+        raise errors.BadOutDims(
+            what=f"out_dims {out_dims!r} does not match the structure of the outputs ({captured.out_spec})"
+        )
     for d, node in zip(flat, outputs, strict=True):
         ndim = node.meta["val"].ndim + 1
         if d is not None and (not isinstance(d, int) or not -ndim <= d < ndim):
@@ -555,6 +637,7 @@ def _out_dims(out_dims, captured: Captured) -> list[int | None]:
 @entry
 def stop_gradient(x):
     """The tensors of a structure as constants for every derivative, forward and reverse. Follows jax.lax.stop_gradient."""
+
     @functools.lru_cache(maxsize=64)
     def graph(val: Val) -> Graph:
         b = Builder(None)
@@ -565,6 +648,7 @@ def stop_gradient(x):
 
 def make_graph(f: Callable) -> Callable:
     """A function returning the `Graph` of `f` at these arguments: typed text when printed; `.inputs`, `.nodes`, `.outputs`."""
+
     @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs) -> Graph:

@@ -71,8 +71,11 @@ class Batch:
         """No rule: one example after the other, as a scan; said once per op."""
         from .decompose import single
 
-        warnings.warn(f"fxfunc: {op} has no batching rule and runs one example at a time (at {self.b.source}). "
-                      f"Register one with fxfunc.register_rule({op}, batch=...)", stacklevel=2)
+        warnings.warn(
+            f"fxfunc: {op} has no batching rule and runs one example at a time (at {self.b.source}). "
+            f"Register one with fxfunc.register_rule({op}, batch=...)",
+            stacklevel=2,
+        )
         graph = single(op, args, kwargs)
         consts = [(n, t) for n, t in zip(graph.inputs, tensors, strict=True) if not isinstance(t, Mapped)]
         xs = [(n, t.x) for n, t in zip(graph.inputs, tensors, strict=True) if isinstance(t, Mapped)]
@@ -86,7 +89,11 @@ class Batch:
         """Batched results of a rule as Mapped."""
         if x is None:
             return None
-        return Mapped(x, val) if isinstance(val, Val) else tuple(self.wrap(y, v) for y, v in zip(x, val, strict=True))
+        return (
+            Mapped(x, val)
+            if isinstance(val, Val)
+            else tuple(self.wrap(y, v) for y, v in zip(x, val, strict=True))
+        )
 
     def lift(self, x) -> Value:
         """A value with the axis at dim 0, expanded if it has none."""
@@ -116,10 +123,13 @@ def _batch_scan(ctx: Batch, args, kwargs):
         flags[nc : nc + nk] = grown
     inner, out_flags = _batched_body(ctx, body, flags, flags[nc : nc + nk])
     ins = [ctx.lift(x) if f else x for x, f in zip(operands, flags, strict=True)]
-    xs_in = [x.movedim(0, 1) if f else x for x, f in zip(ins[nc + nk:], flags[nc + nk:], strict=True)]
+    xs_in = [x.movedim(0, 1) if f else x for x, f in zip(ins[nc + nk :], flags[nc + nk :], strict=True)]
     results = emit_scan(ctx.b, inner, ins[:nc], ins[nc : nc + nk], xs_in, **kwargs)
     out_vals = infer(scan, tuple(vals(a) for a in args), kwargs)
-    return tuple(_unscanned(r, f, v, i >= nk) for i, (r, f, v) in enumerate(zip(results, out_flags, out_vals, strict=True)))
+    return tuple(
+        _unscanned(r, f, v, i >= nk)
+        for i, (r, f, v) in enumerate(zip(results, out_flags, out_vals, strict=True))
+    )
 
 
 def _unscanned(result: Value, batched: bool, val: Val, stacked: bool):
@@ -144,7 +154,11 @@ def _batched_body(ctx: Batch, body: Graph, flags, carry) -> tuple[Graph, list[bo
     ins = []
     for n, f in zip(body.inputs, flags, strict=True):
         v = n.meta["val"]
-        ins.append(Mapped(b.input(Val((ctx.length, *v.shape), v.dtype, v.device), n.name), v) if f else b.input(v, n.name))
+        ins.append(
+            Mapped(b.input(Val((ctx.length, *v.shape), v.dtype, v.device), n.name), v)
+            if f
+            else b.input(v, n.name)
+        )
     outs = b.inline(body, ins, inner.call)
     out_flags = [isinstance(o, Mapped) for o in outs]
     out_flags[: len(carry)] = [o or f for o, f in zip(out_flags, carry, strict=False)]
@@ -188,8 +202,11 @@ def _lower_scan(b: Builder, args, kwargs):
 def _lower_linear_call(b: Builder, args, kwargs):
     body, transposed, residuals, operands = args
     if body is None:
-        raise errors.NotSupported(what="forward mode through a backward that is not known to be linear",
-                                  instead="Give the function a jvp with fxfunc.custom_jvp.", source=b.source)
+        raise errors.NotSupported(
+            what="forward mode through a backward that is not known to be linear",
+            instead="Give the function a jvp with fxfunc.custom_jvp.",
+            source=b.source,
+        )
     return tuple(b.inline(body, [*residuals, *operands], _Lower(b).call))
 
 
@@ -200,7 +217,11 @@ def _lower_custom(b: Builder, args, kwargs):
 
 SPECIAL = {scan: _batch_scan}
 LOWER = {
-    map_: _lower_map, scan: _lower_scan, linear_call: _lower_linear_call, custom: _lower_custom,
-    stop_reverse: lambda b, args, kwargs: args[0], stop_gradient: lambda b, args, kwargs: args[0],
+    map_: _lower_map,
+    scan: _lower_scan,
+    linear_call: _lower_linear_call,
+    custom: _lower_custom,
+    stop_reverse: lambda b, args, kwargs: args[0],
+    stop_gradient: lambda b, args, kwargs: args[0],
     graft: lambda b, args, kwargs: args[0],
 }

@@ -38,7 +38,15 @@ def _map(b: Builder, n: Node, env, live) -> list:
     (body, operands), used = n.args, _used(n, live)
     body = dce(extract(list(body.inputs), [body.outputs[i] for i in used]))
     outs = [n.kwargs["outs"][i] for i in used]
-    values = emit_map(b, body, [env[x] for x in operands], n.kwargs["mapped"], outs, n.kwargs["length"], n.kwargs["randomness"])
+    values = emit_map(
+        b,
+        body,
+        [env[x] for x in operands],
+        n.kwargs["mapped"],
+        outs,
+        n.kwargs["length"],
+        n.kwargs["randomness"],
+    )
     results: list = [None] * len(n.meta["val"])
     for i, value in zip(used, values, strict=True):
         results[i] = value
@@ -50,9 +58,15 @@ def _scan(b: Builder, n: Node, env, live) -> list:
     body, consts, carry, xs = n.args
     kept = _live_outputs(body, len(consts), len(carry), _used(n, live))
     k_carry, k_ys = [i for i in kept if i < len(carry)], [i for i in kept if i >= len(carry)]
-    inputs = [*body.inputs[: len(consts)], *(body.inputs[len(consts) + i] for i in k_carry), *body.inputs[len(consts) + len(carry):]]
+    inputs = [
+        *body.inputs[: len(consts)],
+        *(body.inputs[len(consts) + i] for i in k_carry),
+        *body.inputs[len(consts) + len(carry) :],
+    ]
     inner = dce(extract(inputs, [body.outputs[i] for i in k_carry + k_ys]))
-    values = emit_scan(b, inner, [env[x] for x in consts], [env[carry[i]] for i in k_carry], [env[x] for x in xs], **n.kwargs)
+    values = emit_scan(
+        b, inner, [env[x] for x in consts], [env[carry[i]] for i in k_carry], [env[x] for x in xs], **n.kwargs
+    )
     results: list = [None] * len(n.meta["val"])
     for i, value in zip(k_carry + k_ys, values, strict=True):
         results[i] = value

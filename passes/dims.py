@@ -94,8 +94,13 @@ class Dim:
 
     def python(self) -> str:
         """The expression as Python source over its names."""
-        return "(" + " + ".join("*".join([str(c)] * (c != 1 or not m) + [_atom_python(a) for a in m])
-                                for m, c in self.terms) + ")"
+        return (
+            "("
+            + " + ".join(
+                "*".join([str(c)] * (c != 1 or not m) + [_atom_python(a) for a in m]) for m, c in self.terms
+            )
+            + ")"
+        )
 
     def __str__(self) -> str:
         text = self.python()[1:-1]
@@ -198,12 +203,16 @@ class _Node:
     sym_ite = lambda self, a, b: a if self.value else b
 
     guard_int = int_ = lambda self, *where: _undecided(f"the int of {self.value}")
-    guard_bool = guard_size_oblivious = expect_true = guard_or_false = guard_or_true = lambda self, *where: self.value
+    guard_bool = guard_size_oblivious = expect_true = guard_or_false = guard_or_true = lambda self, *where: (
+        self.value
+    )
     statically_known_true = bool_ = lambda self, *where: self.value
     expect_size = lambda self, *where: True
     # Tracers are logically dense: layouts are the backend's business.
     is_contiguous = is_non_overlapping_and_dense = lambda self, sizes, strides: _Node(True)
-    is_channels_last_contiguous_2d = is_channels_last_contiguous_3d = lambda self, sizes, strides: _Node(False)
+    is_channels_last_contiguous_2d = is_channels_last_contiguous_3d = lambda self, sizes, strides: _Node(
+        False
+    )
     is_channels_last_strides_2d = is_channels_last_strides_3d = lambda self, sizes, strides: _Node(False)
 
     def __str__(self) -> str:

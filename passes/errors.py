@@ -12,7 +12,9 @@ import sys
 
 _PASSES = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(_PASSES)
-_FOLDERS = ("fxfunc", "passes", "codegen") if os.path.exists(os.path.join(_ROOT, "fxfunc", "__init__.py")) else ("",)
+_FOLDERS = (
+    ("fxfunc", "passes", "codegen") if os.path.exists(os.path.join(_ROOT, "fxfunc", "__init__.py")) else ("",)
+)
 _OURS = tuple(os.path.join(_ROOT, folder, "") for folder in _FOLDERS)
 _STDLIB = tuple(m.__file__ for m in (contextlib, functools))
 _TORCH = os.sep + os.path.join("site-packages", "torch") + os.sep
@@ -89,8 +91,8 @@ class NotDifferentiable(FxfuncError, RuntimeError):
 
 
 class RandomInVmap(FxfuncError, RuntimeError):
-    message = "vmap: {op} draws random numbers, and randomness is \"error\""
-    fix = "Pass randomness=\"different\" to vmap, or draw the numbers outside."
+    message = 'vmap: {op} draws random numbers, and randomness is "error"'
+    fix = 'Pass randomness="different" to vmap, or draw the numbers outside.'
 
 
 class ValueDependent(FxfuncError, RuntimeError):
@@ -119,8 +121,8 @@ class UnsupportedInside(FxfuncError, RuntimeError):
 
 
 class MutatedCapture(FxfuncError, RuntimeError):
-    message = "{op} writes in place to an input of the transform or to a tensor its function closes over; the change would be lost"
-    fix = "Write to a clone of it, and return the new value."
+    message = "{op} writes in place to an input of the transform or to a tensor that its function closes over"
+    fix = "The change would be lost: write to a clone of it, and return the new value."
 
 
 class TypeOfArgument(FxfuncError, TypeError, ValueError, RuntimeError):

@@ -79,7 +79,11 @@ class _Walk:
 
     def _call(self, n: Node, args, kwargs):
         canonical = CANONICAL.get(n.target)
-        return canonical(self.b, n.meta["val"], *args, **kwargs) if canonical else self.b.emit(n.target, args, kwargs)
+        return (
+            canonical(self.b, n.meta["val"], *args, **kwargs)
+            if canonical
+            else self.b.emit(n.target, args, kwargs)
+        )
 
     def _item(self, n: Node) -> None:
         source, i = n.args
@@ -87,7 +91,9 @@ class _Walk:
             self.no_grad.add(n)
         self.env[n] = self.env[source][i]
         if self.track and source.target in VIEWS:
-            view = VIEWS[source.target](*source.args[1:], **source.kwargs, index=i, val=source.args[0].meta["val"])
+            view = VIEWS[source.target](
+                *source.args[1:], **source.kwargs, index=i, val=source.args[0].meta["val"]
+            )
             self._register(n, source.args[0], view)
 
     def _view(self, n: Node) -> None:
@@ -130,7 +136,11 @@ class _Walk:
             if not grad and target not in self.no_grad:
                 value = self.b.emit(graft, (value, old))
             self._store(target, value, n)
-        self.env[n] = self._current(targets[0]) if len(targets) == 1 and isinstance(n.meta["val"], Val) else self.env.get(n)
+        self.env[n] = (
+            self._current(targets[0])
+            if len(targets) == 1 and isinstance(n.meta["val"], Val)
+            else self.env.get(n)
+        )
 
     def _store(self, n: Node, value: Value, writer: Node) -> None:
         if n in self.views:
@@ -153,10 +163,17 @@ def _functional(b: Builder, n: Node, args, kwargs):
     if op in WRITES:
         return [n.args[0]], [WRITES[op](b, *args, **kwargs)]
     name, overload = op._schema.name.split("::")[1], op._overloadname
-    targets = [n.args[i] if i < len(n.args) else n.kwargs[a.name] for i, a in enumerate(op._schema.arguments)
-               if a.alias_info and a.alias_info.is_write and (i < len(n.args) or a.name in n.kwargs)]
-    kwargs = {k: v for k, v in kwargs.items() if not any(a.name == k and a.is_out for a in op._schema.arguments)}
-    functional = _functional_overload(getattr(aten, name[:-1] if name.endswith("_") else name, None), overload, op)
+    targets = [
+        n.args[i] if i < len(n.args) else n.kwargs[a.name]
+        for i, a in enumerate(op._schema.arguments)
+        if a.alias_info and a.alias_info.is_write and (i < len(n.args) or a.name in n.kwargs)
+    ]
+    kwargs = {
+        k: v for k, v in kwargs.items() if not any(a.name == k and a.is_out for a in op._schema.arguments)
+    }
+    functional = _functional_overload(
+        getattr(aten, name[:-1] if name.endswith("_") else name, None), overload, op
+    )
     if functional is None:
         raise errors.MissingRule(op=op, rule="functional form", source=n.meta.get("source"))
     out = b.emit(functional, args, kwargs)
@@ -191,21 +208,28 @@ WRITES = {
     aten.fill_.Scalar: lambda b, x, value: b.full(x.val, value),
     aten.fill_.Tensor: lambda b, x, value: value,
     aten.zero_.default: lambda b, x: b.full(x.val, 0),
-    aten.normal_.default: lambda b, x, mean=0.0, std=1.0, generator=None: b.emit(
-        aten.randn.default, (list(x.shape),), {"dtype": x.dtype, "device": x.device}) * std + mean,
-    aten.uniform_.default: lambda b, x, low=0.0, high=1.0, generator=None: b.emit(
-        aten.rand.default, (list(x.shape),), {"dtype": x.dtype, "device": x.device}) * (high - low) + low,
+    aten.normal_.default: lambda b, x, mean=0.0, std=1.0, generator=None: (
+        b.emit(aten.randn.default, (list(x.shape),), {"dtype": x.dtype, "device": x.device}) * std + mean
+    ),
+    aten.uniform_.default: lambda b, x, low=0.0, high=1.0, generator=None: (
+        b.emit(aten.rand.default, (list(x.shape),), {"dtype": x.dtype, "device": x.device}) * (high - low)
+        + low
+    ),
     aten.bernoulli_.float: lambda b, x, p=0.5, generator=None: b.emit(aten.bernoulli.p, (x, p)),
 }
 
 
 # ----- views: how to read one from its base and how to write the base through it ------------------------------------
 
+
 def _like(op):
     """A view whose inverse is a reshape to the base's shape."""
+
     def view(*args, val, **kwargs):
-        return (lambda b, base: _canonical(b, op, base, *args, **kwargs),
-                lambda b, base, new: new.reshape(list(val.shape)))
+        return (
+            lambda b, base: _canonical(b, op, base, *args, **kwargs),
+            lambda b, base, new: new.reshape(list(val.shape)),
+        )
 
     return view
 
@@ -214,7 +238,9 @@ def _canonical(b: Builder, op, base, *args, **kwargs):
     from .infer import infer
 
     val = infer(op, (base.val, *args), kwargs)
-    return CANONICAL[op](b, val, base, *args, **kwargs) if op in CANONICAL else b.emit(op, (base, *args), kwargs)
+    return (
+        CANONICAL[op](b, val, base, *args, **kwargs) if op in CANONICAL else b.emit(op, (base, *args), kwargs)
+    )
 
 
 def _permuting(op, order):
@@ -228,15 +254,19 @@ def _permuting(op, order):
 
 def _scattered(op, scatter):
     def view(*args, val, **kwargs):
-        return (lambda b, base: b.emit(op, (base, *args), kwargs),
-                lambda b, base, new: b.emit(scatter, (base, new, *args), kwargs))
+        return (
+            lambda b, base: b.emit(op, (base, *args), kwargs),
+            lambda b, base, new: b.emit(scatter, (base, new, *args), kwargs),
+        )
 
     return view
 
 
 def _unbound(dim=0, *, index, val):
-    return (lambda b, base: b.emit(aten.select.int, (base, dim, index)),
-            lambda b, base, new: b.emit(aten.select_scatter.default, (base, new, dim, index)))
+    return (
+        lambda b, base: b.emit(aten.select.int, (base, dim, index)),
+        lambda b, base, new: b.emit(aten.select_scatter.default, (base, new, dim, index)),
+    )
 
 
 def _split(size, dim=0, *, index, val):
@@ -244,14 +274,18 @@ def _split(size, dim=0, *, index, val):
     start = sum(sizes[:index]) if sizes else size * index
     length = sizes[index] if sizes else size
     end = start + length
-    return (lambda b, base: b.emit(aten.slice.Tensor, (base, dim, start, end)),
-            lambda b, base, new: b.emit(aten.slice_scatter.default, (base, new, dim, start, end)))
+    return (
+        lambda b, base: b.emit(aten.slice.Tensor, (base, dim, start, end)),
+        lambda b, base, new: b.emit(aten.slice_scatter.default, (base, new, dim, start, end)),
+    )
 
 
 def _unwritable(op):
     def view(*args, val, index=None, **kwargs):
         def refuse(b, base, new):
-            raise errors.NotSupported(what=f"writing in place through {op}", instead="Clone the tensor before writing to it.")
+            raise errors.NotSupported(
+                what=f"writing in place through {op}", instead="Clone the tensor before writing to it."
+            )
 
         return (lambda b, base: _canonical(b, op, base, *args, **kwargs), refuse)
 
@@ -297,6 +331,7 @@ def _swapped(n: int, i: int, j: int) -> list[int]:
 
 # ----- one spelling each ----------------------------------------------------------------------------------------------
 
+
 def _reshape(b: Builder, val: Val, x, *args, **kwargs):
     return x.reshape(list(val.shape))
 
@@ -317,12 +352,34 @@ def _copy(b: Builder, val: Val, x, **kwargs):
 
 CANONICAL = {
     aten.index_put.default: lambda b, val, *args, **kwargs: _put(b, *args, **kwargs),
-    **dict.fromkeys([aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
-                     aten.squeeze.dims, aten.reshape.default], _reshape),
-    **dict.fromkeys([aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default], _identity),
-    **dict.fromkeys([aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.empty.memory_format,
-                     aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default, aten.new_empty_strided.default],
-                    _filled(0)),
+    **dict.fromkeys(
+        [
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.unsqueeze.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.reshape.default,
+        ],
+        _reshape,
+    ),
+    **dict.fromkeys(
+        [aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default], _identity
+    ),
+    **dict.fromkeys(
+        [
+            aten.zeros.default,
+            aten.zeros_like.default,
+            aten.new_zeros.default,
+            aten.empty.memory_format,
+            aten.empty_like.default,
+            aten.new_empty.default,
+            aten.empty_strided.default,
+            aten.new_empty_strided.default,
+        ],
+        _filled(0),
+    ),
     **dict.fromkeys([aten.ones.default, aten.ones_like.default, aten.new_ones.default], _filled(1)),
     aten.full.default: lambda b, val, size, fill, **kwargs: b.full(val, fill),
     aten.full_like.default: lambda b, val, x, fill, **kwargs: b.full(val, fill),

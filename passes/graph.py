@@ -42,9 +42,20 @@ class Val:
         return f"{short}[{','.join(map(str, self.shape))}]{device}"
 
 
-_SHORT = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool",
-          torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-          torch.complex64: "c64", torch.complex128: "c128"}
+_SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.bool: "bool",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+}
 
 
 class Op:
@@ -71,7 +82,11 @@ class Literal:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        raw = self.tensor.cpu().reshape(-1).view(torch.uint8) if tensor.numel() else self.tensor.new_empty(0, dtype=torch.uint8)
+        raw = (
+            self.tensor.cpu().reshape(-1).view(torch.uint8)
+            if tensor.numel()
+            else self.tensor.new_empty(0, dtype=torch.uint8)
+        )
         self.key = (tensor.dtype, tuple(tensor.shape), str(tensor.device), bytes(raw.tolist()))
 
     def __hash__(self) -> int:
@@ -81,7 +96,11 @@ class Literal:
         return isinstance(other, Literal) and self.key == other.key
 
     def __repr__(self) -> str:
-        return f"Literal({self.tensor.tolist()})" if self.tensor.numel() <= 8 else f"Literal({tuple(self.tensor.shape)})"
+        return (
+            f"Literal({self.tensor.tolist()})"
+            if self.tensor.numel() <= 8
+            else f"Literal({tuple(self.tensor.shape)})"
+        )
 
 
 # constant(literal) -> tensor
@@ -111,7 +130,9 @@ class Graph:
         self.inputs: tuple[Node, ...] = tuple(n for n in fx.nodes if n.op == "placeholder")
         output = next(iter(reversed(fx.nodes)))
         self.outputs: tuple[Node | None, ...] = tuple(output.args[0])
-        self.written: tuple[int, ...] = ()  # inputs whose new values are the last outputs (a capture that writes in place)
+        self.written: tuple[
+            int, ...
+        ] = ()  # inputs whose new values are the last outputs (a capture that writes in place)
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -124,7 +145,13 @@ class Graph:
         number = {n: i for i, n in enumerate(self.inputs)}
         calls = []
         for n in self.nodes:
-            calls.append((n.target, typed(n.args, number.__getitem__), typed(tuple(n.kwargs.items()), number.__getitem__)))
+            calls.append(
+                (
+                    n.target,
+                    typed(n.args, number.__getitem__),
+                    typed(tuple(n.kwargs.items()), number.__getitem__),
+                )
+            )
             number[n] = len(number)
         outputs = tuple(None if n is None else number[n] for n in self.outputs)
         return (tuple(n.meta["val"] for n in self.inputs), tuple(calls), outputs)
@@ -137,7 +164,9 @@ class Graph:
         return self._hash
 
     def __eq__(self, other) -> bool:
-        return self is other or (isinstance(other, Graph) and hash(self) == hash(other) and self.key == other.key)
+        return self is other or (
+            isinstance(other, Graph) and hash(self) == hash(other) and self.key == other.key
+        )
 
     def __len__(self) -> int:
         return sum(1 + sum(len(g) for g in subgraphs(n)) for n in self.nodes)
@@ -152,7 +181,9 @@ class Graph:
 
     def dims(self) -> list[str]:
         """Names of the symbolic sizes of the inputs, each readable off some input's shape."""
-        return sorted({name for v in self.in_vals for s in v.shape if isinstance(s, Dim) for name in s.names()})
+        return sorted(
+            {name for v in self.in_vals for s in v.shape if isinstance(s, Dim) for name in s.names()}
+        )
 
     def __str__(self) -> str:
         from .printer import text

@@ -52,8 +52,10 @@ def _infer_aten(op, args, kwargs):
         if not names:
             return _as_val(_run_meta(op, args, kwargs, {}), device)
         monomials = [m for d in range(3) for m in itertools.combinations_with_replacement(names, d)]
-        points = [{n: _STAND_INS[(i * (j + 1) + j) % len(_STAND_INS)] for j, n in enumerate(names)}
-                  for i in range(len(monomials) + 1)]
+        points = [
+            {n: _STAND_INS[(i * (j + 1) + j) % len(_STAND_INS)] for j, n in enumerate(names)}
+            for i in range(len(monomials) + 1)
+        ]
         runs = [_as_val(_run_meta(op, args, kwargs, p), device) for p in points]
     return _fit(op, runs, points, monomials)
 
@@ -61,7 +63,12 @@ def _infer_aten(op, args, kwargs):
 @contextlib.contextmanager
 def hermetic():
     """Neutralise the caller's modes: nothing the passes compute depends on them."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch._C._DisableAutocast():
+    with (
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+        torch.no_grad(),
+        torch._C._DisableAutocast(),
+    ):
         yield
 
 
@@ -97,14 +104,18 @@ def _run_meta(op, args, kwargs, sizes):
             return [to_meta(y) for y in x]
         return at(x, sizes)
 
-    kwargs = {k: torch.device("meta") if k == "device" and v is not None else to_meta(v) for k, v in kwargs.items()}
+    kwargs = {
+        k: torch.device("meta") if k == "device" and v is not None else to_meta(v) for k, v in kwargs.items()
+    }
     return op(*[to_meta(a) for a in args], **kwargs)
 
 
 def _as_val(x, device):
     if isinstance(x, torch.Tensor):
         return Val(tuple(x.shape), x.dtype, device)
-    return tuple(None if y is None else _as_val(y, device) for y in x) if isinstance(x, (list, tuple)) else None
+    return (
+        tuple(None if y is None else _as_val(y, device) for y in x) if isinstance(x, (list, tuple)) else None
+    )
 
 
 def result_device(op, args, kwargs) -> torch.device:
@@ -138,10 +149,14 @@ def _dim_names(x) -> set[str]:
 
 def _fit(op, runs, points, monomials):
     if isinstance(runs[0], tuple):
-        return tuple(None if r[0] is None else _fit(op, r, points, monomials) for r in zip(*runs, strict=True))
+        return tuple(
+            None if r[0] is None else _fit(op, r, points, monomials) for r in zip(*runs, strict=True)
+        )
     if len({r.ndim for r in runs}) > 1:
         raise errors.DynamicShape(what=f"the rank of the result of {op}")
-    shape = tuple(_fit_size(op, sizes, points, monomials) for sizes in zip(*(r.shape for r in runs), strict=True))
+    shape = tuple(
+        _fit_size(op, sizes, points, monomials) for sizes in zip(*(r.shape for r in runs), strict=True)
+    )
     return Val(shape, runs[0].dtype, runs[0].device)
 
 
@@ -174,13 +189,17 @@ def _solve(rows, right):
 
 
 def _map_vals(body, operands, *, length, mapped, outs, randomness):
-    return tuple(Val((length, *v.shape), v.dtype, v.device) if kind == "stack" else v
-                 for v, kind in zip(body.out_vals, outs, strict=True))
+    return tuple(
+        Val((length, *v.shape), v.dtype, v.device) if kind == "stack" else v
+        for v, kind in zip(body.out_vals, outs, strict=True)
+    )
 
 
 def _scan_vals(body, consts, carry, xs, *, length, reverse):
     vals = body.out_vals
-    return tuple(vals[: len(carry)]) + tuple(Val((length, *v.shape), v.dtype, v.device) for v in vals[len(carry):])
+    return tuple(vals[: len(carry)]) + tuple(
+        Val((length, *v.shape), v.dtype, v.device) for v in vals[len(carry) :]
+    )
 
 
 def _linear_call_vals(body, transposed, residuals, operands, *, vals):
@@ -201,13 +220,19 @@ OWN = {
 
 # ----- common calls, known without asking torch: its Python formulas for them would import torch._dynamo (~1 s) ---------
 
+
 def _unknown(*args, **kwargs):
     return None
 
 
 def _matmul(a, b):
     """mm and bmm of matching operands; anything else is left to torch and its error message."""
-    if a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] and (a.dtype, a.device) == (b.dtype, b.device):
+    if (
+        a.ndim == b.ndim >= 2
+        and a.shape[:-2] == b.shape[:-2]
+        and a.shape[-1] == b.shape[-2]
+        and (a.dtype, a.device) == (b.dtype, b.device)
+    ):
         return Val((*a.shape[:-1], b.shape[-1]), a.dtype, a.device)
     return None
 
@@ -221,19 +246,27 @@ def _add_matmul(c, a, b, *, beta=1, alpha=1):
 
 
 def _reshape(a, shape):
-    return Val(tuple(shape), a.dtype, a.device) if -1 not in shape and numel(shape) == numel(a.shape) else None
+    return (
+        Val(tuple(shape), a.dtype, a.device) if -1 not in shape and numel(shape) == numel(a.shape) else None
+    )
 
 
 def _permute(a, dims):
     order = [d % a.ndim for d in dims] if a.ndim else []
-    return Val(tuple(a.shape[d] for d in order), a.dtype, a.device) if sorted(order) == list(range(a.ndim)) else None
+    return (
+        Val(tuple(a.shape[d] for d in order), a.dtype, a.device)
+        if sorted(order) == list(range(a.ndim))
+        else None
+    )
 
 
 def _elementwise(*args, **kwargs):
     """Ops that keep a floating dtype: tensors of one dtype and device, real numbers."""
     tensors = [a for a in args if isinstance(a, Val)]
     first = tensors[0]
-    if not first.dtype.is_floating_point or any((t.dtype, t.device) != (first.dtype, first.device) for t in tensors):
+    if not first.dtype.is_floating_point or any(
+        (t.dtype, t.device) != (first.dtype, first.device) for t in tensors
+    ):
         return None
     if any(isinstance(a, complex) for a in args):
         return None
@@ -257,7 +290,11 @@ def _sum(a, dims, keepdim=False, *, dtype=None):
     if not dims or dtype is not None or not a.dtype.is_floating_point or not a.ndim:
         return None
     dims = {d % a.ndim for d in dims}
-    return Val(tuple(1 if i in dims else s for i, s in enumerate(a.shape) if keepdim or i not in dims), a.dtype, a.device)
+    return Val(
+        tuple(1 if i in dims else s for i, s in enumerate(a.shape) if keepdim or i not in dims),
+        a.dtype,
+        a.device,
+    )
 
 
 def _nll_loss(a, target, weight, reduction, ignore_index):
@@ -282,15 +319,41 @@ def _batch_norm(x, w, b, *rest):
 KNOWN = {
     aten._native_batch_norm_legit.no_stats: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: lambda x, w, b, *rest: (x, *_statistics(x, w, (0,))),
-    aten._native_batch_norm_legit_functional.default: lambda x, w, b, mean, var, *rest: (*_batch_norm(x, w, b), mean, var),
+    aten._native_batch_norm_legit_functional.default: lambda x, w, b, mean, var, *rest: (
+        *_batch_norm(x, w, b),
+        mean,
+        var,
+    ),
     aten.native_layer_norm.default: lambda x, size, w, b, eps: (
-        x, *_statistics(x, w, (*x.shape[: x.ndim - len(size)], *[1] * len(size)))),
-    **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.exp.default,
-                     aten.log.default, aten.sin.default, aten.cos.default, aten.tanh.default, aten.sigmoid.default, aten.sqrt.default,
-                     aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default], _elementwise),
+        x,
+        *_statistics(x, w, (*x.shape[: x.ndim - len(size)], *[1] * len(size))),
+    ),
+    **dict.fromkeys(
+        [
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.mul.Tensor,
+            aten.div.Tensor,
+            aten.neg.default,
+            aten.exp.default,
+            aten.log.default,
+            aten.sin.default,
+            aten.cos.default,
+            aten.tanh.default,
+            aten.sigmoid.default,
+            aten.sqrt.default,
+            aten.rsqrt.default,
+            aten.pow.Tensor_Scalar,
+            aten.maximum.default,
+            aten.minimum.default,
+        ],
+        _elementwise,
+    ),
     aten.sum.dim_IntList: _sum,
     aten.mean.dim: _sum,
-    aten.mean.default: lambda a, *, dtype=None: Val((), a.dtype, a.device) if a.dtype.is_floating_point and not dtype else None,
+    aten.mean.default: lambda a, *, dtype=None: (
+        Val((), a.dtype, a.device) if a.dtype.is_floating_point and not dtype else None
+    ),
     aten.mm.default: lambda a, b: _matmul(a, b) if a.ndim == 2 else None,
     aten.bmm.default: lambda a, b: _matmul(a, b) if a.ndim == 3 else None,
     aten.addmm.default: lambda c, a, b, **kwargs: _add_matmul(c, a, b) if a.ndim == 2 else None,
@@ -298,7 +361,9 @@ KNOWN = {
     aten.reshape.default: _reshape,
     aten.permute.default: _permute,
     aten.relu.default: lambda a: a,
-    aten.mse_loss.default: lambda a, b, reduction=1: None if a != b else Val((), a.dtype, a.device) if reduction else a,
+    aten.mse_loss.default: lambda a, b, reduction=1: (
+        None if a != b else Val((), a.dtype, a.device) if reduction else a
+    ),
     aten.nll_loss_forward.default: _nll_loss,
     aten.threshold_backward.default: lambda ct, a, at: ct if ct == a else None,
     aten._log_softmax.default: lambda a, dim, half: None if half or not a.dtype.is_floating_point else a,

@@ -68,7 +68,11 @@ class Jvp:
 
             return jvp_of(self, op, args, kwargs, duals)
         outs = self.b.inline(graph, duals, self.call)
-        return outs[0] if isinstance(infer(op, vals(args), {k: vals(v) for k, v in kwargs.items()}), Val) else tuple(outs)
+        return (
+            outs[0]
+            if isinstance(infer(op, vals(args), {k: vals(v) for k, v in kwargs.items()}), Val)
+            else tuple(outs)
+        )
 
 
 def unzip(x, duals: list[Dual]):
@@ -117,7 +121,9 @@ def _dual(y, t):
     if y is None:
         return None
     if isinstance(y, tuple):
-        return tuple(_dual(yi, ti) for yi, ti in zip(y, t if t is not None else (None,) * len(y), strict=True))
+        return tuple(
+            _dual(yi, ti) for yi, ti in zip(y, t if t is not None else (None,) * len(y), strict=True)
+        )
     return Dual(y, None if t is None or not y.val.differentiable else fit(t, y.val))
 
 

@@ -34,7 +34,10 @@ def linearize(graph: Graph, nonzero: tuple[bool, ...], *, reverse: bool) -> Line
     """Cut the function of a graph at its tangents; `nonzero` says which inputs have one."""
     b = Builder(SIMPLIFY)
     primals = [b.input(n.meta["val"], n.name) for n in graph.inputs]
-    tangents = [b.input(n.meta["val"], "t_" + n.name) if z else None for n, z in zip(graph.inputs, nonzero, strict=True)]
+    tangents = [
+        b.input(n.meta["val"], "t_" + n.name) if z else None
+        for n, z in zip(graph.inputs, nonzero, strict=True)
+    ]
     outs, out_tangents = Jvp(b, reverse=reverse, split=True).graph(graph, primals, tangents)
     given = [t.node for t in tangents if t is not None]
     linear_nodes = reached(b.fx.nodes, given)
@@ -49,8 +52,12 @@ def linearize(graph: Graph, nonzero: tuple[bool, ...], *, reverse: bool) -> Line
 
 def _free(needed, linear_nodes) -> set[Node]:
     """Primal calls without inputs (constants): repeated in the linear graph, never residuals."""
-    return {m for n in needed for m in n.all_input_nodes
-            if m not in linear_nodes and m.op == "call_function" and not m.all_input_nodes and not is_random(m)}
+    return {
+        m
+        for n in needed
+        for m in n.all_input_nodes
+        if m not in linear_nodes and m.op == "call_function" and not m.all_input_nodes and not is_random(m)
+    }
 
 
 def _residuals(needed, linear_nodes, free) -> list[Node]:
@@ -59,13 +66,15 @@ def _residuals(needed, linear_nodes, free) -> list[Node]:
     return sorted(found)
 
 
-def vjp(b: Builder, graph: Graph, inputs: list[Value], nonzero: tuple[bool, ...], cotangents) -> tuple[list, list]:
+def vjp(
+    b: Builder, graph: Graph, inputs: list[Value], nonzero: tuple[bool, ...], cotangents
+) -> tuple[list, list]:
     """Emit a function and its vjp: (outputs, cotangents of the nonzero inputs, None where zero).
 
     `cotangents(outputs)` gives the cotangent of each output, or None.
     """
     cut = linearize(graph, nonzero, reverse=True)
     results = b.inline(cut.primal, inputs)
-    outs, residuals = results[: cut.count], results[cut.count:]
+    outs, residuals = results[: cut.count], results[cut.count :]
     cts = [ct for ct, z in zip(cotangents(outs), cut.nonzero_out, strict=True) if z]
     return outs, transpose(b, cut.linear, residuals, cts)

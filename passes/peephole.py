@@ -38,14 +38,23 @@ def _same(*nodes) -> bool:
 
 def _scaled(x, outputs):
     """(y, c) if x = y * c is read only here."""
-    if _only_use(x, aten.mul.Tensor, outputs) and isinstance(x.args[1], (int, float)) and isinstance(x.args[0], Node):
+    if (
+        _only_use(x, aten.mul.Tensor, outputs)
+        and isinstance(x.args[1], (int, float))
+        and isinstance(x.args[0], Node)
+    ):
         return x.args if x.meta["val"].dtype == x.args[0].meta["val"].dtype else None
     return None
 
 
 def _sub(n: Node, outputs):
     """a - y * c -> sub(a, y, alpha=c)"""
-    if len(n.args) == 2 and not n.kwargs and isinstance(n.args[0], Node) and (found := _scaled(n.args[1], outputs)):
+    if (
+        len(n.args) == 2
+        and not n.kwargs
+        and isinstance(n.args[0], Node)
+        and (found := _scaled(n.args[1], outputs))
+    ):
         if _same(n, n.args[0], found[0]) and n.meta["val"].dtype.is_floating_point:
             return aten.sub.Tensor, (n.args[0], found[0]), {"alpha": found[1]}
     return None
@@ -56,11 +65,18 @@ def _add(n: Node, outputs):
     if len(n.args) != 2 or n.kwargs or not all(isinstance(a, Node) for a in n.args):
         return None
     for product, c in (n.args, n.args[::-1]):
-        for matmul, joined in ((aten.mm.default, aten.addmm.default), (aten.bmm.default, aten.baddbmm.default)):
+        for matmul, joined in (
+            (aten.mm.default, aten.addmm.default),
+            (aten.bmm.default, aten.baddbmm.default),
+        ):
             if _only_use(product, matmul, outputs) and _addable(n, product, c):
                 return joined, (c, *product.args), {}
     for scaled, other in (n.args, n.args[::-1]):
-        if (found := _scaled(scaled, outputs)) and _same(n, other, found[0]) and n.meta["val"].dtype.is_floating_point:
+        if (
+            (found := _scaled(scaled, outputs))
+            and _same(n, other, found[0])
+            and n.meta["val"].dtype.is_floating_point
+        ):
             return aten.add.Tensor, (other, found[0]), {"alpha": found[1]}
     return None
 
@@ -69,7 +85,10 @@ def _addable(n: Node, product: Node, c: Node) -> bool:
     """The product has the result's type, and c broadcasts to it within its rank."""
     val: Val = n.meta["val"]
     small = c.meta["val"]
-    fits = all(s == t or (not isinstance(s, Dim) and s == 1) for s, t in zip(small.shape[::-1], val.shape[::-1], strict=False))
+    fits = all(
+        s == t or (not isinstance(s, Dim) and s == 1)
+        for s, t in zip(small.shape[::-1], val.shape[::-1], strict=False)
+    )
     return product.meta["val"] == val and small.dtype == val.dtype and small.ndim <= val.ndim and fits
 
 

@@ -23,7 +23,9 @@ def _lines(graph: Graph, name: str, sources: bool) -> list[str]:
 
 
 def _node(n: Node, sources: bool) -> list[str]:
-    args = [_arg(a) for a in n.args if not isinstance(a, Graph)] + [f"{k}={_arg(v)}" for k, v in n.kwargs.items()]
+    args = [_arg(a) for a in n.args if not isinstance(a, Graph)] + [
+        f"{k}={_arg(v)}" for k, v in n.kwargs.items()
+    ]
     call = f"{args[0]}[{args[1]}]" if n.target is getitem else f"{op_name(n.target)}({', '.join(args)})"
     where = n.meta.get("source")
     tail = f"   # {os.path.basename(where)}" if sources and where else ""

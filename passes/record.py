@@ -55,7 +55,9 @@ class Value:
         packet = getattr(aten, name, None)
         if packet is None or name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: self.builder.emit(resolve(packet, (self, *args), kwargs), (self, *args), kwargs)
+        return lambda *args, **kwargs: self.builder.emit(
+            resolve(packet, (self, *args), kwargs), (self, *args), kwargs
+        )
 
     __add__ = __radd__ = lambda self, other: self.call(aten.add.Tensor, other)
     __mul__ = __rmul__ = lambda self, other: self.call(aten.mul.Tensor, other)
@@ -64,7 +66,9 @@ class Value:
     __truediv__ = lambda self, other: self.call(aten.div.Tensor, other)
     __rtruediv__ = lambda self, other: self.call(aten.reciprocal.default) * other
     __neg__ = lambda self: self.call(aten.neg.default)
-    __pow__ = lambda self, other: self.call(aten.pow.Tensor_Tensor if isinstance(other, Value) else aten.pow.Tensor_Scalar, other)
+    __pow__ = lambda self, other: self.call(
+        aten.pow.Tensor_Tensor if isinstance(other, Value) else aten.pow.Tensor_Scalar, other
+    )
     __matmul__ = lambda self, other: self.call(aten.mm.default, other)
     __and__ = lambda self, other: self.call(aten.bitwise_and.Tensor, other)
     __or__ = lambda self, other: self.call(aten.bitwise_or.Tensor, other)
@@ -118,7 +122,9 @@ class Value:
 
     def full(self, shape, fill, dtype=None):
         """A constant tensor on this value's device."""
-        return self.builder.emit(aten.full.default, (list(shape), fill), {"dtype": dtype or self.dtype, "device": self.device})
+        return self.builder.emit(
+            aten.full.default, (list(shape), fill), {"dtype": dtype or self.dtype, "device": self.device}
+        )
 
     def where(self, a, b):
         """Elementwise choice, self being the condition; a or b may be a number."""
@@ -133,7 +139,9 @@ def _missing_size(total, known):
     if not isinstance(known, Dim):
         return total // known
     rest = {tuple(_without(m, known)): c for m, c in total.terms}
-    return Dim._make(rest) if len(known.terms) == 1 else (_ for _ in ()).throw(ValueError(f"{total} / {known}"))
+    return (
+        Dim._make(rest) if len(known.terms) == 1 else (_ for _ in ()).throw(ValueError(f"{total} / {known}"))
+    )
 
 
 def _without(monomial, known):
@@ -176,12 +184,15 @@ def _accepts(arguments, kinds, kwargs) -> bool:
     if len(kinds) > len(arguments) or not kwargs.keys() <= by_name.keys():
         return False
     given = [*zip(arguments, kinds, strict=False), *((by_name[k], kind) for k, kind in kwargs.items())]
-    missing = [a for a in arguments[len(kinds):] if a.name not in kwargs and not a.has_default_value()]
+    missing = [a for a in arguments[len(kinds) :] if a.name not in kwargs and not a.has_default_value()]
     return not missing and all(_fits(str(a.type), kind) for a, kind in given)
 
 
 def _fits(declared: str, kind: str) -> bool:
-    optional, declared = declared.startswith("Optional"), declared.removeprefix("Optional[").rstrip("]") if declared.startswith("Optional") else declared
+    optional, declared = (
+        declared.startswith("Optional"),
+        declared.removeprefix("Optional[").rstrip("]") if declared.startswith("Optional") else declared,
+    )
     if kind == "none":
         return optional
     if "Tensor" in declared:
@@ -228,14 +239,22 @@ class Builder:
         row = self.rewrites.get(op)
         if row is None:
             return None
-        out = row(*substitute(args, self._value), **{k: substitute(v, self._value) for k, v in kwargs.items()})
+        out = row(
+            *substitute(args, self._value), **{k: substitute(v, self._value) for k, v in kwargs.items()}
+        )
         return out if isinstance(out, Value) and out.val == val else None
 
     def _value(self, node: Node) -> Value:
         return Value(node, self)
 
     def _create(self, op, args, kwargs, val) -> Node:
-        name = self._name(op.name if isinstance(op, Op) else "item" if op is getitem else op._schema.name.split("::")[1].strip("_"))
+        name = self._name(
+            op.name
+            if isinstance(op, Op)
+            else "item"
+            if op is getitem
+            else op._schema.name.split("::")[1].strip("_")
+        )
         node = self.fx.create_node("call_function", op, args, kwargs, name)
         node.meta.update(val=val, source=self.source, origin=self.origin)
         return node
@@ -250,7 +269,10 @@ class Builder:
         val = node.meta["val"]
         if isinstance(val, Val):
             return Value(node, self)
-        return tuple(None if v is None else Value(self._create(getitem, (node, i), {}, v), self) for i, v in enumerate(val))
+        return tuple(
+            None if v is None else Value(self._create(getitem, (node, i), {}, v), self)
+            for i, v in enumerate(val)
+        )
 
     def constant(self, tensor: torch.Tensor) -> Value:
         """A literal."""
@@ -258,7 +280,9 @@ class Builder:
 
     def full(self, val: Val, fill) -> Value:
         """A constant of this shape, dtype and device."""
-        return self.emit(aten.full.default, (list(val.shape), fill), {"dtype": val.dtype, "device": val.device})
+        return self.emit(
+            aten.full.default, (list(val.shape), fill), {"dtype": val.dtype, "device": val.device}
+        )
 
     @contextlib.contextmanager
     def at(self, node: Node, how: str | None = None):
@@ -285,7 +309,9 @@ class Builder:
             if node.target is getitem:
                 env[node] = args[0][args[1]]
                 continue
-            kwargs = {k: substitute(v, env.__getitem__) for k, v in node.kwargs.items()} if node.kwargs else {}
+            kwargs = (
+                {k: substitute(v, env.__getitem__) for k, v in node.kwargs.items()} if node.kwargs else {}
+            )
             with self.at(node):
                 env[node] = call(node.target, args, kwargs)
 

@@ -14,7 +14,9 @@ from .graph import Graph, cone, extract, is_random, map_, reached, scan
 from .record import Builder, Value, aten
 
 
-def emit_map(b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error") -> list[Value]:
+def emit_map(
+    b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error"
+) -> list[Value]:
     """The results of mapping a body, in order."""
     starts = [n for n, m in zip(body.inputs, mapped, strict=True) if m]
     varying = _varying(body, starts, randomness == "different")
@@ -27,8 +29,16 @@ def emit_map(b: Builder, body: Graph, operands, mapped, outs, length: Size, rand
         inner, inputs = _inner(body, varying, starts, [body.outputs[i] for i in inside])
         given = dict(zip(body.inputs, operands, strict=True)) | outside
         flags = tuple(n in varying for n in inputs)
-        values = b.emit(map_, (inner, tuple(given[n] for n in inputs)),
-                        {"length": length, "mapped": flags, "outs": tuple(outs[i] for i in inside), "randomness": randomness})
+        values = b.emit(
+            map_,
+            (inner, tuple(given[n] for n in inputs)),
+            {
+                "length": length,
+                "mapped": flags,
+                "outs": tuple(outs[i] for i in inside),
+                "randomness": randomness,
+            },
+        )
         values = dict(zip(inside, values, strict=True))
     for i, n in enumerate(body.outputs):
         if n not in varying:
@@ -50,11 +60,18 @@ def emit_scan(b: Builder, body: Graph, consts, carry, xs, length: Size, reverse:
     outside = _invariants(b, body, [*consts, *carry, *xs], varying)
     inside = [i for i, out in enumerate(body.outputs) if i < m or out in varying]
     outputs = [body.outputs[i] for i in inside]
-    inner, inputs = _inner(body, varying, body.inputs[n + m:], outputs, always=body.inputs[n : n + m])
+    inner, inputs = _inner(body, varying, body.inputs[n + m :], outputs, always=body.inputs[n : n + m])
     given = dict(zip(body.inputs, [*consts, *carry, *xs], strict=True)) | outside
-    split = [[given[i] for i in inputs if i not in varying], carry, [given[i] for i in inputs if i in body.inputs[n + m:]]]
+    split = [
+        [given[i] for i in inputs if i not in varying],
+        carry,
+        [given[i] for i in inputs if i in body.inputs[n + m :]],
+    ]
     values = iter(b.emit(scan, (inner, *map(tuple, split)), {"length": length, "reverse": reverse}))
-    return [next(values) if i in inside else _repeated(outside[out], "stack", length) for i, out in enumerate(body.outputs)]
+    return [
+        next(values) if i in inside else _repeated(outside[out], "stack", length)
+        for i, out in enumerate(body.outputs)
+    ]
 
 
 def _varying(body: Graph, starts, random_varies: bool) -> set[Node]:

@@ -19,6 +19,7 @@ SIMPLIFY: dict = {}
 
 def rewrites(*ops):
     """Add a row for these ops, after the rows they have."""
+
     def add(row):
         for op in ops:
             before = SIMPLIFY.get(op)
@@ -64,14 +65,24 @@ def _folded(op, dtype, *numbers):
     """A scalar op at numbers in a graph dtype; None if the result is no ordinary number."""
     tensors = [torch.full((), n, dtype=dtype) if i == 0 else n for i, n in enumerate(numbers)]
     out = op(*tensors)
-    return out.item() if out.dtype == dtype and (not out.is_floating_point() or math.isfinite(out.item())) else None
+    return (
+        out.item()
+        if out.dtype == dtype and (not out.is_floating_point() or math.isfinite(out.item()))
+        else None
+    )
 
 
 # ----- numbers --------------------------------------------------------------------------------------------------------
 
+
 @rewrites(aten.mul.Tensor)
 def _mul_number(a, b):
-    if number(a) is not None and isinstance(b, Value) and number(b) is None and (not isinstance(a, Value) or a.dtype == b.dtype):
+    if (
+        number(a) is not None
+        and isinstance(b, Value)
+        and number(b) is None
+        and (not isinstance(a, Value) or a.dtype == b.dtype)
+    ):
         a, b = b, number(a)  # c * x -> x * c
         return a if b == 1 else a * b
     if isinstance(a, Value) and isinstance(b, Value) and number(b) is not None and a.dtype == b.dtype:
@@ -130,6 +141,7 @@ def _to_copy(a, *, dtype=None, device=None, **kwargs):
 
 # ----- signs ----------------------------------------------------------------------------------------------------------
 
+
 @rewrites(aten.neg.default)
 def _neg(a):
     if made := made_by(a, aten.neg.default):  # --x -> x
@@ -143,6 +155,7 @@ def _neg(a):
 
 def _signs_out(op):
     """(-a) op b -> -(a op b): signs move out until an addition takes them."""
+
     @rewrites(op)
     def row(a, b):
         if not (isinstance(a, Value) and isinstance(b, Value)):
@@ -164,19 +177,30 @@ for _op in (aten.mul.Tensor, aten.mm.default, aten.bmm.default):
 def _add_negative(a, b, alpha=1):
     if alpha == 1 and isinstance(b, Value) and (made := made_by(b, aten.neg.default)):  # a + -b -> a - b
         return a - made[0]
-    if alpha == 1 and isinstance(b, Value) and isinstance(a, Value) and (made := made_by(a, aten.neg.default)):  # -a + b -> b - a
+    if (
+        alpha == 1
+        and isinstance(b, Value)
+        and isinstance(a, Value)
+        and (made := made_by(a, aten.neg.default))
+    ):  # -a + b -> b - a
         return b - made[0]
     return None
 
 
 @rewrites(aten.sub.Tensor)
 def _sub_negative(a, b, alpha=1):
-    if alpha == 1 and isinstance(b, Value) and isinstance(a, Value) and (made := made_by(b, aten.neg.default)):  # a - -b -> a + b
+    if (
+        alpha == 1
+        and isinstance(b, Value)
+        and isinstance(a, Value)
+        and (made := made_by(b, aten.neg.default))
+    ):  # a - -b -> a + b
         return a + made[0]
     return None
 
 
 # ----- views ----------------------------------------------------------------------------------------------------------
+
 
 @rewrites(aten.reshape.default)
 def _reshape(a, shape):
@@ -215,24 +239,33 @@ def _expand(a, shape, **kwargs):
         return made[0].expand(list(shape))
     if (n := number(a)) is not None:
         return _filled(a, shape, n)
-    if (made := made_by(a, aten.reshape.default)) and _adds_ones(made[0].shape, a.shape):  # leading ones are implied
+    if (made := made_by(a, aten.reshape.default)) and _adds_ones(
+        made[0].shape, a.shape
+    ):  # leading ones are implied
         return made[0].expand(list(shape))
     return None
 
 
 def _adds_ones(before, after) -> bool:
     extra = len(after) - len(before)
-    return extra > 0 and tuple(after[extra:]) == tuple(before) and all(not isinstance(s, Dim) and s == 1 for s in after[:extra])
+    return (
+        extra > 0
+        and tuple(after[extra:]) == tuple(before)
+        and all(not isinstance(s, Dim) and s == 1 for s in after[:extra])
+    )
 
 
 # ----- broadcasting is implicit in elementwise ops --------------------------------------------------------------------
+
 
 def _peeled(x):
     """What broadcasts to `x` by itself in an elementwise op."""
     while isinstance(x, Value) and x.ndim > 0:
         if made := made_by(x, aten.expand.default):
             x = made[0]
-        elif (made := made_by(x, aten.reshape.default)) and made[0].ndim and _adds_ones(made[0].shape, x.shape):
+        elif (
+            (made := made_by(x, aten.reshape.default)) and made[0].ndim and _adds_ones(made[0].shape, x.shape)
+        ):
             x = made[0]
         else:
             break
@@ -249,7 +282,7 @@ def _implicit(op, tensors: int):
         peeled = list(args)
         for i, a in enumerate(args[:tensors]):
             if isinstance(a, Value) and (p := _peeled(a)) is not a and (p.ndim > 0 or a.ndim == 0):
-                trial = [*peeled[:i], p, *peeled[i + 1:]]
+                trial = [*peeled[:i], p, *peeled[i + 1 :]]
                 if broadcast([x.shape for x in trial[:tensors] if isinstance(x, Value)]) == shape:
                     peeled = trial
         if all(p is a for p, a in zip(peeled, args, strict=True)):
@@ -259,12 +292,19 @@ def _implicit(op, tensors: int):
     return row
 
 
-for _op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.threshold_backward.default):
+for _op in (
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.threshold_backward.default,
+):
     _implicit(_op, 2)
 _implicit(aten.where.self, 3)
 
 
 # ----- reductions and products ----------------------------------------------------------------------------------------
+
 
 @rewrites(aten.sum.dim_IntList)
 def _sum(a, dims, keepdim=False, *, dtype=None):
@@ -277,7 +317,13 @@ def _sum(a, dims, keepdim=False, *, dtype=None):
     if len(real) < len(dims):
         out = a.sum(real, True)
         return out.reshape([s for i, s in enumerate(a.shape) if i not in dims])
-    if (made := made_by(a, aten.sum.dim_IntList)) and len(made) > 2 and made[2] and keepdim and not a.node.kwargs:
+    if (
+        (made := made_by(a, aten.sum.dim_IntList))
+        and len(made) > 2
+        and made[2]
+        and keepdim
+        and not a.node.kwargs
+    ):
         return made[0].sum(sorted({d % a.ndim for d in made[1]} | set(dims)), True)  # sum(sum x) -> sum x
     if (made := made_by(a, aten.expand.default)) and made[0].ndim == a.ndim:
         return _sum_of_expanded(a, made[0], dims, keepdim)

@@ -33,7 +33,9 @@ class Tracer(torch.Tensor):
     @staticmethod
     def __new__(cls, recorder: Recorder, value: Value, tracks: bool = False):
         v = value.val
-        self = torch.Tensor._make_wrapper_subclass(cls, [to_torch(s) for s in v.shape], dtype=v.dtype, device=v.device)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, [to_torch(s) for s in v.shape], dtype=v.dtype, device=v.device
+        )
         self.recorder, self.value, self.tracks = recorder, value, tracks and v.differentiable
         return self
 
@@ -45,8 +47,10 @@ class Tracer(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise errors.UnsupportedInside(what=f"a tensor that left its capture, in {func}",
-                                       instead="Return the tensor from the function instead of keeping it elsewhere.")
+        raise errors.UnsupportedInside(
+            what=f"a tensor that left its capture, in {func}",
+            instead="Return the tensor from the function instead of keeping it elsewhere.",
+        )
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"Tracer({self.value.val})"
@@ -146,7 +150,11 @@ class Recorder(TorchDispatchMode):
             return meta_result(func, vals(values), {k: vals(v) for k, v in keywords.items()})
         tracks = torch.is_grad_enabled() and any(getattr(t, "tracks", t.requires_grad) for t in tracers)
         out = self.emit(func, values, keywords, tracks)
-        return self._written(func, args, kwargs, out, tracks) if func._schema.is_mutable else _as_torch(func, out)
+        return (
+            self._written(func, args, kwargs, out, tracks)
+            if func._schema.is_mutable
+            else _as_torch(func, out)
+        )
 
     def _reshaped(self, func, args, kwargs):
         """squeeze_, t_ ...: the tracer becomes the view, its own sizes change with it."""
@@ -171,7 +179,11 @@ class Recorder(TorchDispatchMode):
         given = [*args, *([None] * (len(func._schema.arguments) - len(args)))]
         for i, a in enumerate(func._schema.arguments):
             given[i] = kwargs.get(a.name, given[i])
-        written = [x for a, x in zip(func._schema.arguments, given, strict=True) if a.alias_info and a.alias_info.is_write]
+        written = [
+            x
+            for a, x in zip(func._schema.arguments, given, strict=True)
+            if a.alias_info and a.alias_info.is_write
+        ]
         for x in written:
             if isinstance(x, Tracer):
                 x.tracks = x.tracks or tracks
@@ -199,7 +211,11 @@ def _returns_tensors(func) -> bool:
 
 def _as_torch(func, out):
     if isinstance(out, list):
-        return out if "List" in str(func._schema.returns[0].type) and len(func._schema.returns) == 1 else tuple(out)
+        return (
+            out
+            if "List" in str(func._schema.returns[0].type) and len(func._schema.returns) == 1
+            else tuple(out)
+        )
     return out
 
 
@@ -238,6 +254,7 @@ def _same(recorder, func, x):
 
 def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
     """Batch norm writes to its running statistics without saying so: the functional form and two writes."""
+
     def call(op, *args):
         return recorder.__torch_dispatch__(op, (), args)
 
@@ -245,7 +262,9 @@ def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
         return call(aten._native_batch_norm_legit_no_training.default, x, w, b, mean, var, momentum, eps)
     if mean is None:
         return call(aten._native_batch_norm_legit.no_stats, x, w, b, True, momentum, eps)
-    *out, new_mean, new_var = call(aten._native_batch_norm_legit_functional.default, x, w, b, mean, var, True, momentum, eps)
+    *out, new_mean, new_var = call(
+        aten._native_batch_norm_legit_functional.default, x, w, b, mean, var, True, momentum, eps
+    )
     new_mean.tracks = new_var.tracks = False
     call(aten.copy_.default, mean, new_mean)
     call(aten.copy_.default, var, new_var)
@@ -253,7 +272,10 @@ def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
 
 
 def _cudnn_batch_norm(recorder, func, *args):
-    return (*_batch_norm(recorder, func, *args), recorder.__torch_dispatch__(aten.new_empty.default, (), (args[0], [0])))
+    return (
+        *_batch_norm(recorder, func, *args),
+        recorder.__torch_dispatch__(aten.new_empty.default, (), (args[0], [0])),
+    )
 
 
 DISPATCH = {
@@ -328,12 +350,20 @@ def trace_torch(function, args, kwargs) -> Graph:
             return [bind(y) for y in x]
         return to_torch(x)
 
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableAutocast(), torch.enable_grad(), recorder:
+    with (
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+        torch._C._DisableAutocast(),
+        torch.enable_grad(),
+        recorder,
+    ):
         out = function(*[bind(a) for a in args], **{k: bind(v) for k, v in kwargs.items()})
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         graph = recorder.finish([o if isinstance(o, torch.Tensor) else None for o in outs])
     if recorder.captures:
-        raise errors.UnsupportedInside(what=f"a tensor made outside {function}", instead="Register a rule for it.")
+        raise errors.UnsupportedInside(
+            what=f"a tensor made outside {function}", instead="Register a rule for it."
+        )
     return graph
 
 

@@ -15,9 +15,11 @@ from .record import Builder, Value
 from .rules.table import ROWS, Undefined
 
 
-def transpose(b: Builder, graph: Graph, residuals: list[Value | None], cotangents: list[Value | None]) -> list[Value | None]:
+def transpose(
+    b: Builder, graph: Graph, residuals: list[Value | None], cotangents: list[Value | None]
+) -> list[Value | None]:
     """Cotangents of the inputs after the residuals, given those of the outputs; None is zero."""
-    linear = set(graph.inputs[len(residuals):])
+    linear = set(graph.inputs[len(residuals) :])
     env: dict[Node, Value] = dict(zip(graph.inputs, residuals, strict=False))
     order = []
     for n in graph.nodes:
@@ -32,14 +34,18 @@ def transpose(b: Builder, graph: Graph, residuals: list[Value | None], cotangent
             accumulate(cts, out, ct)
     for n in reversed(order):
         _step(b, n, env, linear, cts)
-    return [cts.get(n) for n in graph.inputs[len(residuals):]]
+    return [cts.get(n) for n in graph.inputs[len(residuals) :]]
 
 
 def _primal(b, n, env):
     if n.target is getitem:
         return env[n.args[0]][n.args[1]]
     with b.at(n):
-        return b.emit(n.target, substitute(n.args, env.__getitem__), {k: substitute(v, env.__getitem__) for k, v in n.kwargs.items()})
+        return b.emit(
+            n.target,
+            substitute(n.args, env.__getitem__),
+            {k: substitute(v, env.__getitem__) for k, v in n.kwargs.items()},
+        )
 
 
 def accumulate(cts: dict, node: Node, ct: Value | None) -> None:
@@ -59,6 +65,7 @@ def _step(b: Builder, n: Node, env, linear, cts) -> None:
     ct = cts.pop(n, None)
     if ct is None or (isinstance(ct, list) and all(c is None for c in ct)):
         return
+
     def bind(m):
         return Undefined(m.meta["val"]) if m in linear else env[m]
 
@@ -104,7 +111,9 @@ def _by_row(op, row, ct, args, kwargs):
         if "Tensor" in str(a.type):
             flat.append(args[i] if i < len(args) else kwargs.get(a.name))
     rules = row.transpose
-    if len(rules) == 1 and flat and isinstance(flat[0], list):  # a tensor list: the row gives one cotangent per element
+    if (
+        len(rules) == 1 and flat and isinstance(flat[0], list)
+    ):  # a tensor list: the row gives one cotangent per element
         shares = rules[0](ct, *args, **kwargs)
         return [s for s, x in zip(shares, flat[0], strict=True) if isinstance(x, Undefined)]
     out = []
@@ -125,8 +134,12 @@ def fit(ct: Value, val: Val) -> Value:
 def unbroadcast(ct: Value, shape) -> Value:
     """Sum over leading axes and axes of size 1 that broadcasting had enlarged."""
     extra = ct.ndim - len(shape)
-    dims = list(range(extra)) + [i + extra for i, s in enumerate(shape) if _is_one(s) and not _is_one(ct.shape[i + extra])]
-    if extra < 0 or [s for i, s in enumerate(ct.shape) if i >= extra and i not in dims] != [s for i, s in enumerate(shape) if i + extra not in dims]:
+    dims = list(range(extra)) + [
+        i + extra for i, s in enumerate(shape) if _is_one(s) and not _is_one(ct.shape[i + extra])
+    ]
+    if extra < 0 or [s for i, s in enumerate(ct.shape) if i >= extra and i not in dims] != [
+        s for i, s in enumerate(shape) if i + extra not in dims
+    ]:
         raise AssertionError(f"cotangent of shape {ct.shape} for a value of shape {shape}")
     return ct.sum(dims).reshape(list(shape)) if dims else ct
 

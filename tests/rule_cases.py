@@ -13,11 +13,21 @@ CASES: list[Case] = []
 
 def case(name, f, args, *dtypes, **options) -> None:
     """Add a row."""
-    CASES.append(Case(name, f, args, dtypes, **{k: frozenset(v.split()) if k == "skip" else v for k, v in options.items()}))
+    CASES.append(
+        Case(
+            name,
+            f,
+            args,
+            dtypes,
+            **{k: frozenset(v.split()) if k == "skip" else v for k, v in options.items()},
+        )
+    )
 
 
 # ----- elementwise ----------------------------------------------------------------------------------------------------
-ANY = "sin cos tan exp exp2 expm1 tanh sinh cosh asinh atan sigmoid erf erfc neg abs square sgn relu silu mish"
+ANY = (
+    "sin cos tan exp exp2 expm1 tanh sinh cosh asinh atan sigmoid erf erfc neg abs square sgn relu silu mish"
+)
 for _name in ANY.split():
     case(_name, getattr(torch, _name, None) or getattr(F, _name), lambda s: (s(2, s.n),), F32)
 for _name in "log log2 log10 log1p sqrt rsqrt reciprocal lgamma digamma".split():
@@ -28,7 +38,8 @@ case("acosh", torch.acosh, lambda s: (s.pos(s.n) + 1,))
 case("polygamma", lambda a: torch.polygamma(1, a), lambda s: (s.pos(s.n),))
 for _name in "floor ceil round trunc sign".split():
     case(_name, getattr(torch, _name), lambda s: (s(s.n),))
-for _name in "elu selu celu leaky_relu hardtanh relu6 hardswish hardsigmoid softplus logsigmoid softsign tanhshrink hardshrink softshrink".split():
+SMOOTH = "elu selu celu softplus logsigmoid softsign tanhshrink"
+for _name in f"{SMOOTH} leaky_relu hardtanh relu6 hardswish hardsigmoid hardshrink softshrink".split():
     case(_name, getattr(F, _name), lambda s: (s(3, s.n),))
 case("gelu", F.gelu, lambda s: (s(3, s.n),), F32, BF16)
 case("gelu_tanh", lambda a: F.gelu(a, approximate="tanh"), lambda s: (s(3, s.n),))
@@ -45,11 +56,11 @@ case("floor_divide", lambda a, b: (a // b).to(a.dtype) * a, lambda s: (s(s.n), s
 case("remainder", torch.remainder, lambda s: (s(s.n), s.pos(s.n)))
 case("fmod", torch.fmod, lambda s: (s(s.n), s.pos(s.n)))
 case("scalars", lambda a: (2 / (a + 3) - 1) * 0.5, lambda s: (s.pos(s.n),), F32, BF16)
-case("pow_scalar", lambda a: a ** 3, lambda s: (s(s.n),))
-case("pow_half", lambda a: a ** 0.5, lambda s: (s.pos(s.n),))
-case("pow_negative", lambda a: a ** -1.5, lambda s: (s.pos(s.n),))
+case("pow_scalar", lambda a: a**3, lambda s: (s(s.n),))
+case("pow_half", lambda a: a**0.5, lambda s: (s.pos(s.n),))
+case("pow_negative", lambda a: a**-1.5, lambda s: (s.pos(s.n),))
 case("pow", torch.pow, lambda s: (s.pos(2, s.n), s(s.n)))
-case("pow_base", lambda a: 2.0 ** a, lambda s: (s(s.n),))
+case("pow_base", lambda a: 2.0**a, lambda s: (s(s.n),))
 case("atan2", torch.atan2, lambda s: (s(s.n), s(s.n)))
 case("hypot", torch.hypot, lambda s: (s(s.n), s(s.n)))
 case("logaddexp", torch.logaddexp, lambda s: (s(s.n), s(2, s.n)))
@@ -72,14 +83,31 @@ case("clamp_min_tensor", lambda a, lo: a.clamp_min(lo), lambda s: (s(3, s.n), s(
 case("clamp_max_tensor", lambda a, lo: a.clamp_max(lo), lambda s: (s(3, s.n), s(s.n)))
 case("masked_fill", lambda a, m: a.masked_fill(m, 2.0), lambda s: (s(3, s.n), s.bools(s.n)))
 case("masked_fill_tensor", lambda a, m, v: a.masked_fill(m, v), lambda s: (s(3, s.n), s.bools(s.n), s()))
-case("comparisons", lambda a, b: ((a < b) & (a >= 0) | (a == b)).to(a.dtype) * a * (a != 1) + (a > b) * (b <= 1), lambda s: (s(3, s.n), s(s.n)))
-case("logic", lambda a, b: (a.logical_and(b), a.logical_or(b), a.logical_xor(b), a.logical_not(), ~b, a ^ b), lambda s: (s.bools(s.n), s.bools(s.n)))
+case(
+    "comparisons",
+    lambda a, b: ((a < b) & (a >= 0) | (a == b)).to(a.dtype) * a * (a != 1) + (a > b) * (b <= 1),
+    lambda s: (s(3, s.n), s(s.n)),
+)
+case(
+    "logic",
+    lambda a, b: (a.logical_and(b), a.logical_or(b), a.logical_xor(b), a.logical_not(), ~b, a ^ b),
+    lambda s: (s.bools(s.n), s.bools(s.n)),
+)
 case("tests", lambda a: (a.isnan(), a.isinf(), a.isfinite(), a.signbit()), lambda s: (s(s.n),))
-case("heaviside", lambda a, b: torch.heaviside(a, b), lambda s: (s(s.n), s(s.n)), skip="jvp vjp vmap_vjp vmap_jvp jvp_vjp vjp_vjp no_grad")
+case(
+    "heaviside",
+    lambda a, b: torch.heaviside(a, b),
+    lambda s: (s(s.n), s(s.n)),
+    skip="jvp vjp vmap_vjp vmap_jvp jvp_vjp vjp_vjp no_grad",
+)
 case("casts", lambda a: a.float().double() * a.to(torch.float64), lambda s: (s(s.n),))
 case("promotion", lambda a, b: a * b.float() + b.to(torch.bfloat16), lambda s: (s(s.n), s(3, s.n)))
 case("promotion_0d", lambda a, b: a.to(torch.bfloat16) * b, lambda s: (s(s.n), s()))
-case("integers", lambda a, b: (a + b, a * b, a // (b + 1), a % (b + 1), a.float() / 3), lambda s: (s.ints(9, 3, s.n), s.ints(5, s.n)))
+case(
+    "integers",
+    lambda a, b: (a + b, a * b, a // (b + 1), a % (b + 1), a.float() / 3),
+    lambda s: (s.ints(9, 3, s.n), s.ints(5, s.n)),
+)
 case("int_times_float", lambda a, b: a * b, lambda s: (s.ints(9, s.n), s(3, s.n)))
 
 # ----- complex --------------------------------------------------------------------------------------------------------
@@ -94,7 +122,11 @@ case("view_as_complex", lambda x: torch.view_as_complex(x), lambda s: (s(s.n, 2)
 case("complex_new", lambda a, b: torch.complex(a, b), lambda s: (s(s.n), s(s.n)))
 case("complex_polar", lambda a, b: torch.polar(a, b), lambda s: (s.pos(s.n), s(s.n)))
 case("complex_matmul", lambda a, b: a @ b.mH, lambda s: (s.complex(2, s.n), s.complex(3, s.n)))
-case("complex_unary", lambda z: z.sin() + z.tanh() + z.log() + z.sqrt() + z.reciprocal() + z.pow(3), lambda s: (s.complex(s.n),))
+case(
+    "complex_unary",
+    lambda z: z.sin() + z.tanh() + z.log() + z.sqrt() + z.reciprocal() + z.pow(3),
+    lambda s: (s.complex(s.n),),
+)
 case("complex_real_mix", lambda z, x: z * x + x, lambda s: (s.complex(s.n), s(s.n)))
 case("complex_norm", lambda z: torch.linalg.vector_norm(z), lambda s: (s.complex(s.n),))
 case("complex_mean_var", lambda z: (z.mean(), z.var(), z.std()), lambda s: (s.complex(s.n),), forward=False)
@@ -123,8 +155,16 @@ case("median_dim", lambda a: tuple(a.median(1)), lambda s: (s.distinct(3, s.n),)
 case("nanmedian_dim", lambda a: tuple(a.nanmedian(1)), lambda s: (s.distinct(3, s.n),))
 case("mode", lambda a: a.mode(1)[0], lambda s: (s.distinct(3, s.n),))
 case("kthvalue", lambda a: a.kthvalue(2, 1)[0], lambda s: (s.distinct(3, s.n),))
-case("argmax", lambda a: (a.argmax(), a.argmax(1), a.argmin(0), a.argmin(1, keepdim=True)), lambda s: (s.distinct(3, s.n),))
-case("any_all", lambda a: (a.any(), a.all(), a.any(1), a.all(0), a.any((0, 1)), a.all((0, 1))), lambda s: (s.bools(3, s.n),))
+case(
+    "argmax",
+    lambda a: (a.argmax(), a.argmax(1), a.argmin(0), a.argmin(1, keepdim=True)),
+    lambda s: (s.distinct(3, s.n),),
+)
+case(
+    "any_all",
+    lambda a: (a.any(), a.all(), a.any(1), a.all(0), a.any((0, 1)), a.all((0, 1))),
+    lambda s: (s.bools(3, s.n),),
+)
 case("logsumexp", lambda a: a.logsumexp(1), lambda s: (s(3, s.n),))
 case("softmax", lambda a: a.softmax(-1), lambda s: (s(3, s.n),), F32, BF16)
 case("softmax_0", lambda a: a.softmax(0), lambda s: (s(3, s.n),))
@@ -170,7 +210,11 @@ case("einsum_diagonal", lambda a: torch.einsum("ii->i", a), lambda s: (s(s.n, s.
 case("tensordot", lambda a, b: torch.tensordot(a, b, dims=2), lambda s: (s(2, 3, s.n), s(3, s.n, 2)))
 case("kron", torch.kron, lambda s: (s(2, 2), s(2, s.n)))
 case("matrix_power", lambda a: torch.linalg.matrix_power(a, 3), lambda s: (s(s.n, s.n),))
-case("chain_matmul", lambda a, b, c: torch.linalg.multi_dot([a, b, c]), lambda s: (s(2, s.n), s(s.n, 3), s(3, 2)))
+case(
+    "chain_matmul",
+    lambda a, b, c: torch.linalg.multi_dot([a, b, c]),
+    lambda s: (s(2, s.n), s(s.n, 3), s(3, 2)),
+)
 case("cross", lambda a, b: torch.linalg.cross(a, b), lambda s: (s(s.n, 3), s(s.n, 3)))
 
 # ----- views, joins and splits ----------------------------------------------------------------------------------------
@@ -222,7 +266,15 @@ case("pixel_shuffle", lambda a: F.pixel_shuffle(a, 2), lambda s: (s(1, 4, s.n, 2
 case("meshgrid", lambda a, b: torch.meshgrid(a, b, indexing="ij"), lambda s: (s(s.n), s(2)))
 case("broadcast_tensors", lambda a, b: torch.broadcast_tensors(a, b), lambda s: (s(s.n), s(2, 1)))
 case("in_place", lambda a, b: _in_place(a, b), lambda s: (s(2, s.n), s(s.n)))
-case("factories", lambda a: a * torch.eye(s_n(a), dtype=a.dtype) + torch.arange(s_n(a)) + torch.ones_like(a) * torch.linspace(0, 1, s_n(a), dtype=a.dtype), lambda s: (s(s.n),))
+case(
+    "factories",
+    lambda a: (
+        a * torch.eye(s_n(a), dtype=a.dtype)
+        + torch.arange(s_n(a))
+        + torch.ones_like(a) * torch.linspace(0, 1, s_n(a), dtype=a.dtype)
+    ),
+    lambda s: (s(s.n),),
+)
 
 
 def s_n(a) -> int:

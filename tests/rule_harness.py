@@ -49,7 +49,12 @@ class Sample:
     def distinct(self, *shape) -> torch.Tensor:
         """Numbers without ties, well apart."""
         n = torch.Size(shape).numel()
-        return (torch.randperm(n, generator=self.generator).to(torch.float64) - n / 3).mul(0.37).reshape(shape).to(self.dtype)
+        return (
+            (torch.randperm(n, generator=self.generator).to(torch.float64) - n / 3)
+            .mul(0.37)
+            .reshape(shape)
+            .to(self.dtype)
+        )
 
     def ints(self, high: int, *shape) -> torch.Tensor:
         """int64 below `high`."""
@@ -146,6 +151,7 @@ class Problem:
 
 # ----- the checks: programs over T ------------------------------------------------------------------------------------
 
+
 def jvp(T, p):
     return T.jvp(p.g, p.xs, p.ts)
 
@@ -205,6 +211,7 @@ def vjp_vjp(T, p):
 
 def no_grad(T, p):
     """A value made under no_grad stops reverse mode and lets forward mode through."""
+
     def f(*xs):
         with torch.no_grad():
             stopped = p.g(*xs)
@@ -227,8 +234,14 @@ def _jvp_by_vjp(f, xs, ts):
 
 TORCH = types.SimpleNamespace(jvp=torch.func.jvp, vjp=torch.func.vjp, vmap=torch.func.vmap)
 TORCH_REVERSE = types.SimpleNamespace(jvp=_jvp_by_vjp, vjp=torch.func.vjp, vmap=torch.func.vmap)
-TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 2e-5, torch.complex64: 2e-5,
-             torch.bfloat16: 4e-2, torch.float16: 5e-3}
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+    torch.float32: 2e-5,
+    torch.complex64: 2e-5,
+    torch.bfloat16: 4e-2,
+    torch.float16: 5e-3,
+}
 
 
 def run(case: Case, check: str, n: int, dtype: torch.dtype = torch.float64) -> None:
@@ -250,19 +263,26 @@ def compare(ours, theirs, what: str) -> None:
     ours, theirs = flat(ours), flat(theirs)
     assert len(ours) == len(theirs), f"{what}: {len(ours)} results, torch gives {len(theirs)}"
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{what} [{i}]: {a.dtype}{list(a.shape)}, torch gives {b.dtype}{list(b.shape)}"
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"{what} [{i}]: {a.dtype}{list(a.shape)}, torch gives {b.dtype}{list(b.shape)}"
+        )
         found = error(a, b)
         assert found <= TOLERANCE.get(b.dtype, 0), f"{what} [{i}]: error {found:.2e}\nours  {a}\ntorch {b}"
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     """max|a - b| / max(|b|max, 1); infinite unless NaNs and infinities are in the same places."""
-    a, b = (x.detach().resolve_conj().to(torch.complex128 if x.is_complex() else torch.float64) for x in (a, b))
+    a, b = (
+        x.detach().resolve_conj().to(torch.complex128 if x.is_complex() else torch.float64) for x in (a, b)
+    )
     if not a.numel():
         return 0.0
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     finite = b.isfinite()
-    if not torch.equal(a[~finite].nan_to_num(nan=0.5), b[~finite].nan_to_num(nan=0.5)) or not a[finite].isfinite().all():
+    if (
+        not torch.equal(a[~finite].nan_to_num(nan=0.5), b[~finite].nan_to_num(nan=0.5))
+        or not a[finite].isfinite().all()
+    ):
         return float("inf")
     return ((a - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1)).item() if finite.any() else 0.0

@@ -8,7 +8,10 @@ from rule_harness import CHECKS, SIZES, Problem, error, run
 
 import fxfunc
 
-pytestmark = [pytest.mark.filterwarnings("error:fxfunc"), pytest.mark.filterwarnings("ignore:There is a performance drop")]
+pytestmark = [
+    pytest.mark.filterwarnings("error:fxfunc"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
 BY_NAME = {c.name: c for c in CASES}
 assert len(BY_NAME) == len(CASES), "two cases of one name"
 

@@ -3,5 +3,18 @@
 from . import conv, indexing, loss, matmul, norm, pointwise, random, reduce, region, shape
 from .table import ROWS, Row, Undefined
 
-__all__ = ["ROWS", "Row", "Undefined", "conv", "indexing", "loss", "matmul", "norm", "pointwise", "random", "reduce", "region",
-           "shape"]
+__all__ = [
+    "ROWS",
+    "Row",
+    "Undefined",
+    "conv",
+    "indexing",
+    "loss",
+    "matmul",
+    "norm",
+    "pointwise",
+    "random",
+    "reduce",
+    "region",
+    "shape",
+]

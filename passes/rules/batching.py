@@ -18,8 +18,12 @@ def pointwise(ctx, op, args, kwargs):
     """Elementwise ops: ranks are aligned so that dim 0 is the axis, and promotion stays that of one example."""
     tensors = shapes_of(args)
     rank = max(t.ndim for t in tensors)
-    common = _promoted([t for t in tensors if t.dtype is not torch.bool] or tensors) if len(tensors) > 1 else None
-    return ctx.b.emit(op, tuple(_align(a, rank, common) if isinstance(a, Mapped) else a for a in args), kwargs)
+    common = (
+        _promoted([t for t in tensors if t.dtype is not torch.bool] or tensors) if len(tensors) > 1 else None
+    )
+    return ctx.b.emit(
+        op, tuple(_align(a, rank, common) if isinstance(a, Mapped) else a for a in args), kwargs
+    )
 
 
 def _promoted(tensors) -> torch.dtype:
@@ -40,6 +44,7 @@ def _align(a: Mapped, rank: int, common) -> Value:
 
 def along(*names: str):
     """Ops with dim arguments of these names: all tensors get the axis, dims are moved behind it."""
+
     def rule(ctx, op, args, kwargs):
         scalar = all(t.ndim == 0 for t in shapes_of(_flat(args)))
         rank = max((t.ndim for t in shapes_of(_flat(args))), default=0)
@@ -93,9 +98,14 @@ reduction = along("dim")
 
 def full_reduction(over_dims):
     """A reduction over everything, batched as the same op over all other dims."""
+
     def rule(ctx, op, args, kwargs):
         x = args[0].x
-        return ctx.b.emit(over_dims, (x.reshape([x.shape[0], -1] if args[0].ndim else [x.shape[0], 1]), [1], *args[1:]), kwargs)
+        return ctx.b.emit(
+            over_dims,
+            (x.reshape([x.shape[0], -1] if args[0].ndim else [x.shape[0], 1]), [1], *args[1:]),
+            kwargs,
+        )
 
     return rule
 
@@ -135,7 +145,9 @@ def batched_matmul(ctx, op, args, kwargs):
     """bmm: the axis joins the batch dim."""
     a, b = (ctx.lift(x) for x in args)
     n, c = ctx.length, args[0].shape[0]
-    out = ctx.b.emit(aten.bmm.default, (a.reshape([n * c, *args[0].shape[1:]]), b.reshape([n * c, *args[1].shape[1:]])))
+    out = ctx.b.emit(
+        aten.bmm.default, (a.reshape([n * c, *args[0].shape[1:]]), b.reshape([n * c, *args[1].shape[1:]]))
+    )
     return out.reshape([n, *ctx.out.shape])
 
 
@@ -150,6 +162,7 @@ def draw(ctx, op, args, kwargs):
 
 def fold_rows():
     """Ops over [rows, ...] whose rows are independent: the axis is folded into dim 0 of argument 0."""
+
     def rule(ctx, op, args, kwargs):
         x = ctx.lift(args[0])
         n, rows = x.shape[0], x.shape[1]

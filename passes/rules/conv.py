@@ -34,23 +34,37 @@ def _all_but_channels(x) -> Value:
     return x.sum([0, *range(2, x.ndim)])
 
 
-rule(CONV, jvp=[lambda t, y, x, w, b, *how: t.call(CONV, w, None, *how),
-                lambda t, y, x, w, b, *how: x.call(CONV, t, None, *how),
-                lambda t, y, x, w, b, *how: _channels(t, y)],
-     transpose=[lambda ct, x, w, b, *how: _input_part(ct, x.shape, w, *how),
-                lambda ct, x, w, b, *how: _weight_part(ct, x, w.shape, *how),
-                lambda ct, x, w, b, *how: _all_but_channels(ct)],
-     batch=lambda ctx, op, args, kwargs: _convolution(ctx, *args))
+rule(
+    CONV,
+    jvp=[
+        lambda t, y, x, w, b, *how: t.call(CONV, w, None, *how),
+        lambda t, y, x, w, b, *how: x.call(CONV, t, None, *how),
+        lambda t, y, x, w, b, *how: _channels(t, y),
+    ],
+    transpose=[
+        lambda ct, x, w, b, *how: _input_part(ct, x.shape, w, *how),
+        lambda ct, x, w, b, *how: _weight_part(ct, x, w.shape, *how),
+        lambda ct, x, w, b, *how: _all_but_channels(ct),
+    ],
+    batch=lambda ctx, op, args, kwargs: _convolution(ctx, *args),
+)
 
 
 # ----- the adjoints ---------------------------------------------------------------------------------------------------
+
 
 def _backward_jvp(ts, y, ct, x, w, bias_sizes, *how):
     """Each part is bilinear: the input part in (ct, w), the weight part in (ct, x)."""
     *how, mask = how
     c, tx, tw = ts[:3]
-    on_input = [c is not None and _input_part(c, x.shape, w, *how), tw is not None and _input_part(ct, x.shape, tw, *how)]
-    on_weight = [c is not None and _weight_part(c, x, w.shape, *how), tx is not None and _weight_part(ct, tx, w.shape, *how)]
+    on_input = [
+        c is not None and _input_part(c, x.shape, w, *how),
+        tw is not None and _input_part(ct, x.shape, tw, *how),
+    ]
+    on_weight = [
+        c is not None and _weight_part(c, x, w.shape, *how),
+        tx is not None and _weight_part(ct, tx, w.shape, *how),
+    ]
     bias = _all_but_channels(c) if c is not None and mask[2] else None
     return (_sum(on_input) if mask[0] else None, _sum(on_weight) if mask[1] else None, bias)
 
@@ -63,19 +77,38 @@ def _sum(shares):
 def _backward_to_ct(cts, ct, x, w, bias_sizes, *how):
     *how, _ = how
     gx, gw, gb = cts
-    shares = [gx is not None and gx.call(CONV, w, None, *how), gw is not None and x.call(CONV, gw, None, *how)]
+    shares = [
+        gx is not None and gx.call(CONV, w, None, *how),
+        gw is not None and x.call(CONV, gw, None, *how),
+    ]
     out = _sum(shares)
-    return out if gb is None else _channels(gb, ct).expand(list(ct.shape)) if out is None else out + _channels(gb, ct)
+    return (
+        out
+        if gb is None
+        else _channels(gb, ct).expand(list(ct.shape))
+        if out is None
+        else out + _channels(gb, ct)
+    )
 
 
-rule(BACKWARD, jvp=_backward_jvp,
-     transpose=[_backward_to_ct,
-                lambda cts, ct, x, w, bias_sizes, *how: _input_part(ct, x.shape, cts[1], *how[:-1]) if cts[1] is not None else None,
-                lambda cts, ct, x, w, bias_sizes, *how: _weight_part(ct, cts[0], w.shape, *how[:-1]) if cts[0] is not None else None],
-     batch=lambda ctx, op, args, kwargs: _convolution_backward(ctx, *args))
+rule(
+    BACKWARD,
+    jvp=_backward_jvp,
+    transpose=[
+        _backward_to_ct,
+        lambda cts, ct, x, w, bias_sizes, *how: (
+            _input_part(ct, x.shape, cts[1], *how[:-1]) if cts[1] is not None else None
+        ),
+        lambda cts, ct, x, w, bias_sizes, *how: (
+            _weight_part(ct, cts[0], w.shape, *how[:-1]) if cts[0] is not None else None
+        ),
+    ],
+    batch=lambda ctx, op, args, kwargs: _convolution_backward(ctx, *args),
+)
 
 
 # ----- batching -------------------------------------------------------------------------------------------------------
+
 
 def _in_rows(x) -> Value:
     """[B, N, C, ...] -> [B N, C, ...]"""
@@ -96,7 +129,11 @@ def _from_channels(x, n, channels) -> Value:
 def _convolution(ctx, x, w, b, *how):
     if isinstance(b, Mapped):
         bias = b.x.reshape([ctx.length, 1, b.shape[0], *[1] * (ctx.out.ndim - 2)])
-        return _unbiased(ctx, x, w, None, *how) + bias if _any(x, w) else ctx.b.emit(CONV, (x, w, None, *how)) + bias
+        return (
+            _unbiased(ctx, x, w, None, *how) + bias
+            if _any(x, w)
+            else ctx.b.emit(CONV, (x, w, None, *how)) + bias
+        )
     return _unbiased(ctx, x, w, b, *how)
 
 
@@ -123,10 +160,16 @@ def _shared_input(ctx, x, w, *how):
     if transposed:  # [B, C, O/g, ...] -> [C, B O/g, ...]
         weight = _in_channels(w.x)
     else:  # [B, g O/g, C/g, ...] -> [g B O/g, C/g, ...]
-        weight = w.x.reshape([ctx.length, groups, out, *w.shape[1:]]).movedim(0, 1).reshape([groups * ctx.length * out, *w.shape[1:]])
+        weight = (
+            w.x.reshape([ctx.length, groups, out, *w.shape[1:]])
+            .movedim(0, 1)
+            .reshape([groups * ctx.length * out, *w.shape[1:]])
+        )
     y = ctx.b.emit(CONV, (x, weight, None, *how))
     rows, _, *space = ctx.out.shape
-    return y.reshape([rows, groups, ctx.length, out, *space]).movedim(2, 0).reshape([ctx.length, *ctx.out.shape])
+    return (
+        y.reshape([rows, groups, ctx.length, out, *space]).movedim(2, 0).reshape([ctx.length, *ctx.out.shape])
+    )
 
 
 def _convolution_backward(ctx, ct, x, w, bias_sizes, *how):
@@ -145,7 +188,9 @@ def _batched_input_part(ctx, ct, x, w, *how):
     n = ctx.length
     if isinstance(w, Mapped):
         rows, channels, *space = x.shape
-        out = _input_part(_in_channels(ctx.lift(ct)), [rows, n * channels, *space], _in_rows(w.x), *how[:-1], how[-1] * n)
+        out = _input_part(
+            _in_channels(ctx.lift(ct)), [rows, n * channels, *space], _in_rows(w.x), *how[:-1], how[-1] * n
+        )
         return _from_channels(out, n, channels)
     if not isinstance(ct, Mapped):
         return ctx.lift(_input_part(ct, x.shape, w, *how))
@@ -156,17 +201,25 @@ def _batched_weight_part(ctx, ct, x, w, *how):
     n = ctx.length
     if not _any(ct, x):
         return ctx.lift(_weight_part(ct, x, w.shape, *how))
-    out = _weight_part(_in_channels(ctx.lift(ct)), _in_channels(ctx.lift(x)), [n * w.shape[0], *w.shape[1:]], *how[:-1], how[-1] * n)
+    out = _weight_part(
+        _in_channels(ctx.lift(ct)),
+        _in_channels(ctx.lift(x)),
+        [n * w.shape[0], *w.shape[1:]],
+        *how[:-1],
+        how[-1] * n,
+    )
     return out.reshape([n, *w.shape])
 
 
 # ----- pooling --------------------------------------------------------------------------------------------------------
 
+
 def planes(rank: int):
     """Batch rule of ops over planes [..., *space] with `rank` space dims: the axis is folded into the leading dims."""
+
     def rule(ctx, op, args, kwargs):
         args = [ctx.lift(a) if isinstance(a, (Mapped, Value)) else a for a in args]
-        fold = lambda x: x.reshape([numel(x.shape[: -rank - 1]), *x.shape[-rank - 1:]])
+        fold = lambda x: x.reshape([numel(x.shape[: -rank - 1]), *x.shape[-rank - 1 :]])
         unfold = lambda o, v: o.reshape([ctx.length, *v.shape])
         out = ctx.b.emit(op, tuple(fold(a) if isinstance(a, Value) else a for a in args), kwargs)
         return tuple(map(unfold, out, ctx.out)) if isinstance(out, tuple) else unfold(out, ctx.out)
@@ -176,6 +229,7 @@ def planes(rank: int):
 
 def _maxima(rank: int):
     """The tangent of a max pool: read at the saved places of each plane."""
+
     def jvp(t, y, a, *args, **kwargs):
         index = y[1]
         flat = lambda x: x.reshape([*x.shape[:-rank], numel(x.shape[-rank:])])
@@ -184,20 +238,33 @@ def _maxima(rank: int):
     return jvp
 
 
-for _op, _rank in ((aten.max_pool2d_with_indices, 2), (aten.max_pool3d_with_indices, 3), (aten.adaptive_max_pool2d, 2),
-                   (aten.adaptive_max_pool3d, 3)):
+for _op, _rank in (
+    (aten.max_pool2d_with_indices, 2),
+    (aten.max_pool3d_with_indices, 3),
+    (aten.adaptive_max_pool2d, 2),
+    (aten.adaptive_max_pool3d, 3),
+):
     rule(_op.default, jvp=[_maxima(_rank)], batch=planes(_rank))
 
 
 def _averages(forward, backward, rank: int, defaults):
     """A linear pool and its adjoint, which reads its second argument for its shape only."""
-    def full(a, args):
-        given = [*args, *defaults[len(args):]]
-        return given if not given or given[1] else [given[0], given[0], *given[2:]]  # no stride: that of the kernel
 
-    linear(forward, lambda ct, a, *args: ct.call(backward, zeros_like(ct, a), *full(a, args)), batch=planes(rank))
-    rule(backward, jvp=lambda ts, y, ct, a, *args: None if ts[0] is None else ts[0].call(backward, a, *args),
-         transpose=[lambda ct, g, a, *args: ct.call(forward, *args), None], batch=planes(rank))
+    def full(a, args):
+        given = [*args, *defaults[len(args) :]]
+        return (
+            given if not given or given[1] else [given[0], given[0], *given[2:]]
+        )  # no stride: that of the kernel
+
+    linear(
+        forward, lambda ct, a, *args: ct.call(backward, zeros_like(ct, a), *full(a, args)), batch=planes(rank)
+    )
+    rule(
+        backward,
+        jvp=lambda ts, y, ct, a, *args: None if ts[0] is None else ts[0].call(backward, a, *args),
+        transpose=[lambda ct, g, a, *args: ct.call(forward, *args), None],
+        batch=planes(rank),
+    )
 
 
 _averages(aten.avg_pool2d.default, aten.avg_pool2d_backward.default, 2, [None, [], 0, False, True, None])
@@ -206,8 +273,12 @@ _averages(aten.avg_pool3d.default, aten.avg_pool3d_backward.default, 3, [None, [
 
 def _adaptive(forward, backward, rank: int):
     linear(forward, lambda ct, a, size: ct.call(backward, zeros_like(ct, a)), batch=planes(rank))
-    rule(backward, jvp=lambda ts, y, ct, a: None if ts[0] is None else ts[0].call(backward, a),
-         transpose=[lambda ct, g, a: ct.call(forward, list(g.shape[-rank:])), None], batch=planes(rank))
+    rule(
+        backward,
+        jvp=lambda ts, y, ct, a: None if ts[0] is None else ts[0].call(backward, a),
+        transpose=[lambda ct, g, a: ct.call(forward, list(g.shape[-rank:])), None],
+        batch=planes(rank),
+    )
 
 
 _adaptive(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default, 2)
@@ -216,9 +287,14 @@ _adaptive(aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.
 
 def _upsampling(forward, backward, rank: int):
     """Interpolation by size: its adjoint takes the input's size."""
-    linear(forward, lambda ct, a, size, *how: ct.call(backward, size, list(a.shape), *how), batch=planes(rank))
-    linear(backward, lambda ct, g, size, input_size, *how: ct.call(forward, size, *how),
-           batch=lambda ctx, op, args, kwargs: _upsampled(ctx, op, rank, *args))
+    linear(
+        forward, lambda ct, a, size, *how: ct.call(backward, size, list(a.shape), *how), batch=planes(rank)
+    )
+    linear(
+        backward,
+        lambda ct, g, size, input_size, *how: ct.call(forward, size, *how),
+        batch=lambda ctx, op, args, kwargs: _upsampled(ctx, op, rank, *args),
+    )
 
 
 def _upsampled(ctx, op, rank, ct, size, input_size, *how):
@@ -227,6 +303,15 @@ def _upsampled(ctx, op, rank, ct, size, input_size, *how):
     return out.reshape([ctx.length, *ctx.out.shape])
 
 
-for _name, _rank in (("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2),
-                     ("trilinear3d", 3)):
-    _upsampling(getattr(aten, "upsample_" + _name).default, getattr(aten, f"upsample_{_name}_backward").default, _rank)
+for _name, _rank in (
+    ("nearest1d", 1),
+    ("nearest2d", 2),
+    ("nearest3d", 3),
+    ("linear1d", 1),
+    ("bilinear2d", 2),
+    ("bicubic2d", 2),
+    ("trilinear3d", 3),
+):
+    _upsampling(
+        getattr(aten, "upsample_" + _name).default, getattr(aten, f"upsample_{_name}_backward").default, _rank
+    )

@@ -21,6 +21,7 @@ def arange(like: Value, n, dtype=torch.int64) -> Value:
 
 # ----- gather and scatter ---------------------------------------------------------------------------------------------
 
+
 def _all_lifted(ctx, op, args, kwargs):
     """gather, scatter ...: every tensor gets the axis, 0-d ones a dim of size 1 behind it."""
     tensors = [a for a in args if isinstance(a, (Mapped, Value))]
@@ -37,11 +38,21 @@ def _all_lifted(ctx, op, args, kwargs):
 def _to_source(ct, src, dim, index):
     """The cotangent of what was scattered: read at the index; elements beyond the index were not used."""
     out = ct.call(GATHER, dim, index)
-    missing = [int(s) - int(i) for s, i in zip(src.shape, out.shape, strict=True)] if out.shape != src.shape else []
-    return out.call(aten.constant_pad_nd.default, [x for m in reversed(missing) for x in (0, m)], 0) if missing else out
+    missing = (
+        [int(s) - int(i) for s, i in zip(src.shape, out.shape, strict=True)] if out.shape != src.shape else []
+    )
+    return (
+        out.call(aten.constant_pad_nd.default, [x for m in reversed(missing) for x in (0, m)], 0)
+        if missing
+        else out
+    )
 
 
-linear(GATHER, lambda ct, a, dim, index, **kw: zeros_like(ct, a).call(SCATTER_ADD, dim, index, ct), batch=_all_lifted)
+linear(
+    GATHER,
+    lambda ct, a, dim, index, **kw: zeros_like(ct, a).call(SCATTER_ADD, dim, index, ct),
+    batch=_all_lifted,
+)
 
 
 def _scatter_add_jvp(ts, y, a, dim, index, src):
@@ -51,15 +62,37 @@ def _scatter_add_jvp(ts, y, a, dim, index, src):
 
 def _scatter_jvp(ts, y, a, dim, index, src):
     t, s = ts[0], ts[3]
-    return (t if t is not None else y.full(y.shape, 0)).call(SCATTER, dim, index, s if s is not None else src.full(src.shape, 0))
+    return (t if t is not None else y.full(y.shape, 0)).call(
+        SCATTER, dim, index, s if s is not None else src.full(src.shape, 0)
+    )
 
 
-rule(SCATTER_ADD, jvp=_scatter_add_jvp, transpose=[lambda ct, a, dim, index, src: ct, None, lambda ct, a, dim, index, src: _to_source(ct, src, dim, index)],
-     batch=_all_lifted)
-rule(SCATTER, jvp=_scatter_jvp, transpose=[lambda ct, a, dim, index, src: ct.call(aten.scatter.value, dim, index, 0), None,
-                                           lambda ct, a, dim, index, src: _to_source(ct, src, dim, index)], batch=_all_lifted)
-rule(aten.scatter.value, jvp=lambda ts, y, a, dim, index, value: ts[0].call(aten.scatter.value, dim, index, 0),
-     transpose=[lambda ct, a, dim, index, value: ct.call(aten.scatter.value, dim, index, 0), None], batch=_all_lifted)
+rule(
+    SCATTER_ADD,
+    jvp=_scatter_add_jvp,
+    transpose=[
+        lambda ct, a, dim, index, src: ct,
+        None,
+        lambda ct, a, dim, index, src: _to_source(ct, src, dim, index),
+    ],
+    batch=_all_lifted,
+)
+rule(
+    SCATTER,
+    jvp=_scatter_jvp,
+    transpose=[
+        lambda ct, a, dim, index, src: ct.call(aten.scatter.value, dim, index, 0),
+        None,
+        lambda ct, a, dim, index, src: _to_source(ct, src, dim, index),
+    ],
+    batch=_all_lifted,
+)
+rule(
+    aten.scatter.value,
+    jvp=lambda ts, y, a, dim, index, value: ts[0].call(aten.scatter.value, dim, index, 0),
+    transpose=[lambda ct, a, dim, index, value: ct.call(aten.scatter.value, dim, index, 0), None],
+    batch=_all_lifted,
+)
 
 # ----- advanced indexing ----------------------------------------------------------------------------------------------
 
@@ -82,7 +115,10 @@ class _Places:
     def back(self, offset: int) -> list[int]:
         """The permutation of [index shape, rest] into the result's order."""
         w, n = self.width, self.width + len(self.rest)
-        return [*range(offset), *(d + offset for d in [*range(w, w + self.at), *range(w), *range(w + self.at, n)])]
+        return [
+            *range(offset),
+            *(d + offset for d in [*range(w, w + self.at), *range(w), *range(w + self.at, n)]),
+        ]
 
     def forth(self, offset: int) -> list[int]:
         """The inverse of `back`."""
@@ -95,7 +131,10 @@ def _with_axis(ctx, places: _Places, source_mapped: bool) -> list:
     given, width = places.given, places.width
     if not any(isinstance(i, Mapped) for i in given):
         return [None, *given]
-    lifted = [i.x.reshape([ctx.length, *[1] * (width - i.ndim), *i.shape]) if isinstance(i, Mapped) else i for i in given]
+    lifted = [
+        i.x.reshape([ctx.length, *[1] * (width - i.ndim), *i.shape]) if isinstance(i, Mapped) else i
+        for i in given
+    ]
     if not source_mapped:
         return lifted
     return [arange(lifted[0], ctx.length).reshape([ctx.length, *[1] * width]), *lifted]
@@ -127,7 +166,9 @@ def _put_jvp(op):
         t, v = ts[0], ts[2]
         if accumulate and v is None:
             return t
-        return (t if t is not None else y.full(y.shape, 0)).call(op, indices, v if v is not None else values.full(values.shape, 0), accumulate)
+        return (t if t is not None else y.full(y.shape, 0)).call(
+            op, indices, v if v is not None else values.full(values.shape, 0), accumulate
+        )
 
     return jvp
 
@@ -138,8 +179,12 @@ def _put_rows(read, put):
     def to_old(ct, a, indices, values, accumulate=False):
         return ct if accumulate else ct.call(put, indices, ct.full([], 0))
 
-    rule(put, jvp=_put_jvp(put), transpose=[to_old, None, lambda ct, a, indices, values, accumulate=False: ct.call(read, indices)],
-         batch=_put_batch)
+    rule(
+        put,
+        jvp=_put_jvp(put),
+        transpose=[to_old, None, lambda ct, a, indices, values, accumulate=False: ct.call(read, indices)],
+        batch=_put_batch,
+    )
 
 
 _put_rows(INDEX, PUT)
@@ -163,7 +208,9 @@ def _select(a, dim, index):
 def _add(a, dim, index, source, alpha=1):
     source = source if alpha == 1 else source * alpha
     v = _vector(a)
-    return v.call(PUT, _at(v, dim, _vector(index)), _placed(v, source, dim, index), True).reshape(list(a.shape))
+    return v.call(PUT, _at(v, dim, _vector(index)), _placed(v, source, dim, index), True).reshape(
+        list(a.shape)
+    )
 
 
 def _placed(v, source, dim, index):
@@ -189,8 +236,12 @@ composite(aten.index_copy.default, _copy)
 composite(aten.index_fill.int_Scalar, _fill)
 composite(aten.index_fill.int_Tensor, _fill)
 composite(aten.take.default, lambda a, index: a.reshape(-1).call(INDEX, [index]))
-composite(aten.put.default, lambda a, index, source, accumulate=False: a.reshape(-1).call(
-    PUT, [index.reshape(-1)], source.reshape(-1), accumulate).reshape(list(a.shape)))
+composite(
+    aten.put.default,
+    lambda a, index, source, accumulate=False: (
+        a.reshape(-1).call(PUT, [index.reshape(-1)], source.reshape(-1), accumulate).reshape(list(a.shape))
+    ),
+)
 
 
 def _masked_scatter(a, mask, source):
@@ -246,21 +297,30 @@ def _unpadded(x, indices, padding):
 
 
 def _embedding_transpose(ct, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
-    return ct.call(aten.embedding_dense_backward.default, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+    return ct.call(
+        aten.embedding_dense_backward.default, indices, weight.shape[0], padding_idx, scale_grad_by_freq
+    )
 
 
 def _embedding_backward_transpose(ct, t, indices, rows, padding, by_frequency):
     if by_frequency:
         from ..errors import NotSupported
 
-        raise NotSupported(what="a second derivative of an embedding with scale_grad_by_freq", instead="Use scale_grad_by_freq=False.")
+        raise NotSupported(
+            what="a second derivative of an embedding with scale_grad_by_freq",
+            instead="Use scale_grad_by_freq=False.",
+        )
     out = ct.call(aten.embedding.default, indices)
     return out if padding < 0 else _unpadded(out, indices, padding)
 
 
 linear(aten.embedding.default, _embedding_transpose, batch=_embedding_batch)
-rule(aten.embedding_dense_backward.default, jvp=lambda ts, y, ct, *args: ts[0].call(aten.embedding_dense_backward.default, *args),
-     transpose=[_embedding_backward_transpose, None], batch=_embedding_backward_batch)
+rule(
+    aten.embedding_dense_backward.default,
+    jvp=lambda ts, y, ct, *args: ts[0].call(aten.embedding_dense_backward.default, *args),
+    transpose=[_embedding_backward_transpose, None],
+    batch=_embedding_backward_batch,
+)
 
 # ----- sorting --------------------------------------------------------------------------------------------------------
 
@@ -270,9 +330,21 @@ def _taken(t, y, a, dim=-1):
     return (t.call(GATHER, dim, y[1]) if a.ndim else t.reshape(list(y[0].shape)), None)
 
 
-rule(aten.sort.default, jvp=[lambda t, y, a, dim=-1, descending=False: _taken(t, y, a, dim)], batch=along("dim"))
-rule(aten.sort.stable, jvp=[lambda t, y, a, *, stable=None, dim=-1, descending=False: _taken(t, y, a, dim)], batch=along("dim"))
-rule(aten.topk.default, jvp=[lambda t, y, a, k, dim=-1, largest=True, sorted=True: _taken(t, y, a, dim)], batch=along("dim"))
+rule(
+    aten.sort.default,
+    jvp=[lambda t, y, a, dim=-1, descending=False: _taken(t, y, a, dim)],
+    batch=along("dim"),
+)
+rule(
+    aten.sort.stable,
+    jvp=[lambda t, y, a, *, stable=None, dim=-1, descending=False: _taken(t, y, a, dim)],
+    batch=along("dim"),
+)
+rule(
+    aten.topk.default,
+    jvp=[lambda t, y, a, k, dim=-1, largest=True, sorted=True: _taken(t, y, a, dim)],
+    batch=along("dim"),
+)
 rule(aten.cummax.default, jvp=[lambda t, y, a, dim: _taken(t, y, a, dim)], batch=along("dim"))
 rule(aten.cummin.default, jvp=[lambda t, y, a, dim: _taken(t, y, a, dim)], batch=along("dim"))
 zero(aten.argsort.default, batch=along("dim"))

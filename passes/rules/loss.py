@@ -22,7 +22,10 @@ def _square(x):
 
 def _smooth(a, b, reduction=MEAN, beta=1.0):
     d = a - b
-    return _reduced(d.abs() if beta == 0 else d.abs().lt(beta).where(d * d * (0.5 / beta), d.abs() - 0.5 * beta), reduction)
+    return _reduced(
+        d.abs() if beta == 0 else d.abs().lt(beta).where(d * d * (0.5 / beta), d.abs() - 0.5 * beta),
+        reduction,
+    )
 
 
 def _huber(a, b, reduction=MEAN, delta=1.0):
@@ -48,14 +51,18 @@ composite(aten.smooth_l1_loss.default, _smooth)
 composite(aten.huber_loss.default, _huber)
 composite(aten.binary_cross_entropy.default, _cross)
 composite(aten.binary_cross_entropy_with_logits.default, _cross_with_logits)
-composite(aten.soft_margin_loss.default, lambda a, y, reduction=MEAN: _reduced((-y * a).exp().log1p(), reduction))
+composite(
+    aten.soft_margin_loss.default, lambda a, y, reduction=MEAN: _reduced((-y * a).exp().log1p(), reduction)
+)
 
 
 def _nll(x, target, weight, reduction, ignore_index):
     """Negative log likelihood, classes at axis 1 (axis 0 of a vector): (loss, total weight)."""
     dim = min(x.ndim - 1, 1)
     ignored = target.eq(ignore_index)
-    index = ignored.where(0, target) if target.dtype == torch.int64 else ignored.where(0, target.to(torch.int64))
+    index = (
+        ignored.where(0, target) if target.dtype == torch.int64 else ignored.where(0, target.to(torch.int64))
+    )
     unit = [*index.shape[:dim], 1, *index.shape[dim:]]
     picked = x.call(aten.gather.default, dim, index.reshape(unit)).reshape(list(index.shape))
     w = x.full(index.shape, 1) if weight is None else _weights(weight, index)

@@ -7,8 +7,12 @@ from .batching import batched_matmul, matmul
 from .table import bilinear, composite
 
 bilinear(aten.mm.default, lambda ct, a, b: ct @ b.mH, lambda ct, a, b: a.mH @ ct, batch=matmul)
-bilinear(aten.bmm.default, lambda ct, a, b: ct.call(aten.bmm.default, b.mH), lambda ct, a, b: a.mH.call(aten.bmm.default, ct),
-         batch=batched_matmul)
+bilinear(
+    aten.bmm.default,
+    lambda ct, a, b: ct.call(aten.bmm.default, b.mH),
+    lambda ct, a, b: a.mH.call(aten.bmm.default, ct),
+    batch=batched_matmul,
+)
 
 
 def _scaled(x, factor):
@@ -22,8 +26,13 @@ def _added(product, c, beta, alpha):
 
 composite(aten.addmm.default, lambda c, a, b, beta=1, alpha=1: _added(a @ b, c, beta, alpha))
 composite(aten.addmv.default, lambda c, a, b, beta=1, alpha=1: _added(_mv(a, b), c, beta, alpha))
-composite(aten.baddbmm.default, lambda c, a, b, beta=1, alpha=1: _added(a.call(aten.bmm.default, b), c, beta, alpha))
-composite(aten.addbmm.default, lambda c, a, b, beta=1, alpha=1: _added(a.call(aten.bmm.default, b).sum([0]), c, beta, alpha))
+composite(
+    aten.baddbmm.default, lambda c, a, b, beta=1, alpha=1: _added(a.call(aten.bmm.default, b), c, beta, alpha)
+)
+composite(
+    aten.addbmm.default,
+    lambda c, a, b, beta=1, alpha=1: _added(a.call(aten.bmm.default, b).sum([0]), c, beta, alpha),
+)
 composite(aten.addr.default, lambda c, a, b, beta=1, alpha=1: _added(a.reshape(-1, 1) * b, c, beta, alpha))
 
 
@@ -38,6 +47,7 @@ composite(aten.vdot.default, lambda a, b: (a.conj() * b).sum())
 
 def _trilinear(a, b, c, expand_a, expand_b, expand_c, sums, unroll=1):
     """The sum over some axes of a product of three tensors, each missing some of the axes."""
+
     def grown(x, dims):
         rank = x.ndim + len(dims)
         sizes = iter(x.shape)

@@ -43,11 +43,14 @@ def _norm_tangent(ts, x, mean, rstd, w, dims, shape, x_shape):
     """Tangents of (y, mean, rstd) for x viewed as `x_shape`, statistics as kept dims, weights viewed as `shape`."""
     t, tw, tb = ts
     view = lambda v: None if v is None else _wide(v.reshape(shape))
-    xhat, t_xhat, t_mean, t_rstd = _normalised(None if t is None else t.reshape(x_shape), x.reshape(x_shape), mean, rstd, dims)
+    xhat, t_xhat, t_mean, t_rstd = _normalised(
+        None if t is None else t.reshape(x_shape), x.reshape(x_shape), mean, rstd, dims
+    )
     return _affine(xhat, t_xhat, view(w), view(tw), view(tb)), t_mean, t_rstd
 
 
 # ----- layer norm -----------------------------------------------------------------------------------------------------
+
 
 def _layer_norm(ts, y, x, size, w, b, eps):
     dims = list(range(x.ndim - len(size), x.ndim))
@@ -56,6 +59,7 @@ def _layer_norm(ts, y, x, size, w, b, eps):
 
 def _plain_then_affine(normalise):
     """Batch rule: weights without the axis go into the call, others are applied to its result."""
+
     def rule(ctx, op, args, kwargs):
         x, w, b, call, shape = normalise(ctx, *args)
         mapped = isinstance(w, Mapped) or isinstance(b, Mapped)
@@ -66,7 +70,10 @@ def _plain_then_affine(normalise):
             y = y if w is None else y * _wide(ctx.lift(w)).reshape([ctx.length, *shape])
             y = y if b is None else y + _wide(ctx.lift(b)).reshape([ctx.length, *shape])
             y = y.to(ctx.out[0].dtype)
-        return (y, *(r.reshape([ctx.length, *v.shape]).to(v.dtype) for r, v in zip(rest, ctx.out[1:], strict=True)))
+        return (
+            y,
+            *(r.reshape([ctx.length, *v.shape]).to(v.dtype) for r, v in zip(rest, ctx.out[1:], strict=True)),
+        )
 
     return rule
 
@@ -82,17 +89,22 @@ rule(aten.native_layer_norm.default, jvp=_layer_norm, batch=_plain_then_affine(_
 
 # ----- group norm -----------------------------------------------------------------------------------------------------
 
+
 def _group_norm(ts, y, x, w, b, n, c, space, groups, eps):
     each = c // groups
     view, stat = [n, groups, each, space], [n, groups, 1, 1]
-    t_y, t_mean, t_rstd = _norm_tangent(ts[:3], x, y[1].reshape(stat), y[2].reshape(stat), w, [2, 3], [1, groups, each, 1], view)
+    t_y, t_mean, t_rstd = _norm_tangent(
+        ts[:3], x, y[1].reshape(stat), y[2].reshape(stat), w, [2, 3], [1, groups, each, 1], view
+    )
     back = lambda v: None if v is None else v.reshape([n, groups])
     return t_y.expand(view).reshape(list(x.shape)), back(t_mean), back(t_rstd)
 
 
 def _group_call(ctx, x, w, b, n, c, space, groups, eps):
     rows = ctx.lift(x).reshape([ctx.length * n, *x.shape[1:]])
-    call = lambda w, b: ctx.b.emit(aten.native_group_norm.default, (rows, w, b, ctx.length * n, c, space, groups, eps))
+    call = lambda w, b: ctx.b.emit(
+        aten.native_group_norm.default, (rows, w, b, ctx.length * n, c, space, groups, eps)
+    )
     return x, w, b, call, [1, c, *[1] * (x.ndim - 2)]
 
 
@@ -100,7 +112,10 @@ rule(aten.native_group_norm.default, jvp=_group_norm, batch=_plain_then_affine(_
 
 
 # ----- batch norm: capture leaves these three (trace.py) --------------------------------------------------------------
-FUNCTIONAL, NO_STATS = aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats
+FUNCTIONAL, NO_STATS = (
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.no_stats,
+)
 NO_TRAINING = aten._native_batch_norm_legit_no_training.default
 
 
@@ -108,7 +123,9 @@ def _batch_norm(ts, y, x, w, mean, rstd):
     """Tangents of (y, mean, rstd) under the statistics of the batch."""
     shape = [1, x.shape[1], *[1] * (x.ndim - 2)]
     dims = [0, *range(2, x.ndim)]
-    t_y, t_mean, t_rstd = _norm_tangent(ts, x, mean.reshape(shape), rstd.reshape(shape), w, dims, shape, list(x.shape))
+    t_y, t_mean, t_rstd = _norm_tangent(
+        ts, x, mean.reshape(shape), rstd.reshape(shape), w, dims, shape, list(x.shape)
+    )
     back = lambda v: None if v is None else v.reshape([x.shape[1]])
     return t_y, back(t_mean), back(t_rstd)
 
@@ -116,7 +133,10 @@ def _batch_norm(ts, y, x, w, mean, rstd):
 def _functional(ts, y, x, w, b, running_mean, running_var, training, momentum, eps):
     """Running statistics are kept outside of every derivative, as torch keeps them."""
     if not training:
-        return _eval((*ts[:3], ts[3], ts[4]), y, x, w, b, running_mean, running_var, momentum, eps) + (None, None)
+        return _eval((*ts[:3], ts[3], ts[4]), y, x, w, b, running_mean, running_var, momentum, eps) + (
+            None,
+            None,
+        )
     return (*_batch_norm(ts[:3], y, x, w, y[1], y[2]), None, None)
 
 
@@ -127,16 +147,22 @@ def _eval(ts, y, x, w, b, running_mean, running_var, momentum, eps):
     t, tw, tb, tm, tv = ts[:5]
     rstd = (view(running_var) + eps).rsqrt()
     xhat = (_wide(x) - view(running_mean)) * rstd
-    shares = [None if t is None else _wide(t) * rstd, None if tm is None else -view(tm) * rstd,
-              None if tv is None else xhat * (rstd * rstd * view(tv) * -0.5)]
+    shares = [
+        None if t is None else _wide(t) * rstd,
+        None if tm is None else -view(tm) * rstd,
+        None if tv is None else xhat * (rstd * rstd * view(tv) * -0.5),
+    ]
     shares = [s for s in shares if s is not None]
     t_xhat = sum(shares[1:], start=shares[0]) if shares else None
     return (_affine(xhat, t_xhat, view(w), view(tw), view(tb)), None, None)
 
 
 rule(FUNCTIONAL, jvp=_functional, batch=lambda ctx, op, args, kwargs: _in_channels(ctx, op, args, 5))
-rule(NO_STATS, jvp=lambda ts, y, x, w, b, *how: _batch_norm(ts[:3], y, x, w, y[1], y[2]),
-     batch=lambda ctx, op, args, kwargs: _in_channels(ctx, op, args, 3))
+rule(
+    NO_STATS,
+    jvp=lambda ts, y, x, w, b, *how: _batch_norm(ts[:3], y, x, w, y[1], y[2]),
+    batch=lambda ctx, op, args, kwargs: _in_channels(ctx, op, args, 3),
+)
 rule(NO_TRAINING, jvp=_eval, batch=lambda ctx, op, args, kwargs: _in_channels(ctx, op, args, 5))
 
 

@@ -9,13 +9,25 @@ from .batching import pointwise
 from .table import ZERO, bilinear, composite, elementwise, linear, rule, zero
 
 # ----- arithmetic -----------------------------------------------------------------------------------------------------
-rule(aten.add.Tensor, jvp=[lambda t, y, a, b, alpha=1: t, lambda t, y, a, b, alpha=1: t * alpha],
-     transpose=[lambda ct, a, b, alpha=1: ct, lambda ct, a, b, alpha=1: ct * _conj(alpha)], batch=pointwise)
-rule(aten.sub.Tensor, jvp=[lambda t, y, a, b, alpha=1: t, lambda t, y, a, b, alpha=1: -t * alpha],
-     transpose=[lambda ct, a, b, alpha=1: ct, lambda ct, a, b, alpha=1: -ct * _conj(alpha)], batch=pointwise)
+rule(
+    aten.add.Tensor,
+    jvp=[lambda t, y, a, b, alpha=1: t, lambda t, y, a, b, alpha=1: t * alpha],
+    transpose=[lambda ct, a, b, alpha=1: ct, lambda ct, a, b, alpha=1: ct * _conj(alpha)],
+    batch=pointwise,
+)
+rule(
+    aten.sub.Tensor,
+    jvp=[lambda t, y, a, b, alpha=1: t, lambda t, y, a, b, alpha=1: -t * alpha],
+    transpose=[lambda ct, a, b, alpha=1: ct, lambda ct, a, b, alpha=1: -ct * _conj(alpha)],
+    batch=pointwise,
+)
 bilinear(aten.mul.Tensor, lambda ct, a, b: ct * _conj(b), lambda ct, a, b: ct * _conj(a), batch=pointwise)
-rule(aten.div.Tensor, jvp=[lambda t, y, a, b: t / b, lambda t, y, a, b: t * (-y / b)],
-     transpose=[lambda ct, a, b: ct / _conj(b), None], batch=pointwise)
+rule(
+    aten.div.Tensor,
+    jvp=[lambda t, y, a, b: t / b, lambda t, y, a, b: t * (-y / b)],
+    transpose=[lambda ct, a, b: ct / _conj(b), None],
+    batch=pointwise,
+)
 linear(aten.neg.default, lambda ct, a: -ct, batch=pointwise)
 linear(aten._conj_physical.default, lambda ct, a: ct.conj(), batch=pointwise)
 linear(aten._conj.default, lambda ct, a: ct.conj(), batch=pointwise)
@@ -33,8 +45,11 @@ elementwise(aten.remainder.Tensor, lambda t, y, a, b: t, lambda t, y, a, b: -t *
 elementwise(aten.remainder.Scalar, lambda t, y, a, b: t)
 elementwise(aten.fmod.Tensor, lambda t, y, a, b: t, lambda t, y, a, b: -t * (a / b).trunc())
 elementwise(aten.fmod.Scalar, lambda t, y, a, b: t)
-elementwise(aten.div.Tensor_mode, lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t / b,
-            lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t * (-y / b))
+elementwise(
+    aten.div.Tensor_mode,
+    lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t / b,
+    lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t * (-y / b),
+)
 
 
 def _conj(x):
@@ -62,14 +77,22 @@ def _pow_scalar(t, y, a, n):
 def _pow_exponent(t, y, a, b):
     """d a**b / db = y log a, with 0 where a = 0 and b >= 0 (also for a number a)."""
     if not hasattr(a, "log"):
-        return t * y * math.log(a) if a > 0 else t * (b.lt(0).where(y * -math.inf, 0.0) if a == 0 else y * math.nan)
+        return (
+            t * y * math.log(a)
+            if a > 0
+            else t * (b.lt(0).where(y * -math.inf, 0.0) if a == 0 else y * math.nan)
+        )
     return t * (a.eq(0) & b.ge(0)).where(0.0, y * a.log())
 
 
 elementwise(aten.pow.Tensor_Scalar, _pow_scalar)
-elementwise(aten.pow.Tensor_Tensor, lambda t, y, a, b: t * b.eq(0).where(0.0, b * a.pow(b - 1)), _pow_exponent)
+elementwise(
+    aten.pow.Tensor_Tensor, lambda t, y, a, b: t * b.eq(0).where(0.0, b * a.pow(b - 1)), _pow_exponent
+)
 elementwise(aten.pow.Scalar, lambda t, y, a, b: _pow_exponent(t, y, a, b))
-elementwise(aten.logaddexp.default, lambda t, y, a, b: t * (a - y).exp(), lambda t, y, a, b: t * (b - y).exp())
+elementwise(
+    aten.logaddexp.default, lambda t, y, a, b: t * (a - y).exp(), lambda t, y, a, b: t * (b - y).exp()
+)
 
 # ----- trigonometric and hyperbolic -----------------------------------------------------------------------------------
 elementwise(aten.sin.default, lambda t, y, a: t * a.cos())
@@ -84,7 +107,11 @@ elementwise(aten.tanh.default, lambda t, y, a: t * (1 - y * y))
 elementwise(aten.asinh.default, lambda t, y, a: t * (a * a + 1).rsqrt())
 elementwise(aten.acosh.default, lambda t, y, a: t * ((a - 1).rsqrt() * (a + 1).rsqrt()))
 elementwise(aten.atanh.default, lambda t, y, a: t / (1 - a * a))
-elementwise(aten.atan2.default, lambda t, y, a, b: t * (b / (a * a + b * b)), lambda t, y, a, b: t * (-a / (a * a + b * b)))
+elementwise(
+    aten.atan2.default,
+    lambda t, y, a, b: t * (b / (a * a + b * b)),
+    lambda t, y, a, b: t * (-a / (a * a + b * b)),
+)
 elementwise(aten.hypot.default, lambda t, y, a, b: t * (a / y), lambda t, y, a, b: t * (b / y))
 elementwise(aten.erf.default, lambda t, y, a: t * ((-a * a).exp() * (2 / math.sqrt(math.pi))))
 elementwise(aten.erfc.default, lambda t, y, a: t * ((-a * a).exp() * (-2 / math.sqrt(math.pi))))
@@ -94,8 +121,12 @@ elementwise(aten.polygamma.default, lambda t, y, n, a: t * a.builder.emit(aten.p
 
 # ----- activations ----------------------------------------------------------------------------------------------------
 elementwise(aten.relu.default, lambda t, y, a: t.call(aten.threshold_backward.default, y, 0))
-rule(aten.threshold_backward.default, jvp=[lambda t, y, ct, a, at: t.call(aten.threshold_backward.default, a, at), ZERO],
-     transpose=[lambda ct, t, a, at: ct.call(aten.threshold_backward.default, a, at), None], batch=pointwise)
+rule(
+    aten.threshold_backward.default,
+    jvp=[lambda t, y, ct, a, at: t.call(aten.threshold_backward.default, a, at), ZERO],
+    transpose=[lambda ct, t, a, at: ct.call(aten.threshold_backward.default, a, at), None],
+    batch=pointwise,
+)
 elementwise(aten.sigmoid.default, lambda t, y, a: t * (y * (1 - y)))
 elementwise(aten.leaky_relu.default, lambda t, y, a, slope=0.01: a.gt(0).where(t, t * slope))
 elementwise(aten.hardtanh.default, lambda t, y, a, lo=-1.0, hi=1.0: (a.gt(lo) & a.lt(hi)).where(t, 0.0))
@@ -119,15 +150,29 @@ def _gelu(a, approximate="none"):
 
 
 composite(aten.gelu.default, _gelu, batch=pointwise)
-elementwise(aten.softplus.default, lambda t, y, a, beta=1, threshold=20: (a * beta).gt(threshold).where(t, t * (a * beta).sigmoid()))
+elementwise(
+    aten.softplus.default,
+    lambda t, y, a, beta=1, threshold=20: (a * beta).gt(threshold).where(t, t * (a * beta).sigmoid()),
+)
 elementwise(aten.log_sigmoid_forward.default, lambda t, y, a: (t * (-a).sigmoid(), None))
 composite(aten._prelu_kernel.default, lambda a, w: a.gt(0).where(a, a * w), batch=pointwise)
 composite(aten.mish.default, lambda a: a * a.softplus().tanh(), batch=pointwise)
 
 # ----- choices --------------------------------------------------------------------------------------------------------
-elementwise(aten.abs.default, lambda t, y, a: t * a.sgn() if not a.dtype.is_complex else (t * a.sgn().conj()).to(y.dtype))
-rule(aten.where.self, jvp=[ZERO, lambda t, y, c, a, b: c.where(_as(t, a, y), 0.0), lambda t, y, c, a, b: c.where(0.0, _as(t, b, y))],
-     transpose=[None, lambda ct, c, a, b: c.where(ct, 0.0), lambda ct, c, a, b: c.where(0.0, ct)], batch=pointwise)
+elementwise(
+    aten.abs.default,
+    lambda t, y, a: t * a.sgn() if not a.dtype.is_complex else (t * a.sgn().conj()).to(y.dtype),
+)
+rule(
+    aten.where.self,
+    jvp=[
+        ZERO,
+        lambda t, y, c, a, b: c.where(_as(t, a, y), 0.0),
+        lambda t, y, c, a, b: c.where(0.0, _as(t, b, y)),
+    ],
+    transpose=[None, lambda ct, c, a, b: c.where(ct, 0.0), lambda ct, c, a, b: c.where(0.0, ct)],
+    batch=pointwise,
+)
 
 
 def _as(t, a, y):
@@ -139,12 +184,22 @@ def _share(t, y, a, b):
     return a.eq(b).where(t * 0.5, y.eq(a).where(t, 0.0))
 
 
-elementwise(aten.maximum.default, lambda t, y, a, b: _share(t, y, a, b), lambda t, y, a, b: _share(t, y, b, a))
-elementwise(aten.minimum.default, lambda t, y, a, b: _share(t, y, a, b), lambda t, y, a, b: _share(t, y, b, a))
-elementwise(aten.fmax.default, lambda t, y, a, b: (a.ge(b) | b.ne(b)).where(t, 0.0),
-            lambda t, y, a, b: (a.ge(b) | b.ne(b)).where(0.0, t))
-elementwise(aten.fmin.default, lambda t, y, a, b: (a.le(b) | b.ne(b)).where(t, 0.0),
-            lambda t, y, a, b: (a.le(b) | b.ne(b)).where(0.0, t))
+elementwise(
+    aten.maximum.default, lambda t, y, a, b: _share(t, y, a, b), lambda t, y, a, b: _share(t, y, b, a)
+)
+elementwise(
+    aten.minimum.default, lambda t, y, a, b: _share(t, y, a, b), lambda t, y, a, b: _share(t, y, b, a)
+)
+elementwise(
+    aten.fmax.default,
+    lambda t, y, a, b: (a.ge(b) | b.ne(b)).where(t, 0.0),
+    lambda t, y, a, b: (a.ge(b) | b.ne(b)).where(0.0, t),
+)
+elementwise(
+    aten.fmin.default,
+    lambda t, y, a, b: (a.le(b) | b.ne(b)).where(t, 0.0),
+    lambda t, y, a, b: (a.le(b) | b.ne(b)).where(0.0, t),
+)
 
 
 def _inside(a, lo, hi):
@@ -157,13 +212,28 @@ def _inside(a, lo, hi):
 elementwise(aten.clamp.default, lambda t, y, a, lo=None, hi=None: _inside(a, lo, hi).where(t, 0.0))
 elementwise(aten.clamp_min.default, lambda t, y, a, lo: a.ge(lo).where(t, 0.0))
 elementwise(aten.clamp_max.default, lambda t, y, a, hi: a.le(hi).where(t, 0.0))
-elementwise(aten.clamp_min.Tensor, lambda t, y, a, lo: a.ge(lo).where(t, 0.0), lambda t, y, a, lo: a.lt(lo).where(t, 0.0))
-elementwise(aten.clamp_max.Tensor, lambda t, y, a, hi: a.le(hi).where(t, 0.0), lambda t, y, a, hi: a.gt(hi).where(t, 0.0))
-rule(aten.masked_fill.Scalar, jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO],
-     transpose=[lambda ct, a, m, v: m.where(0.0, ct), None], batch=pointwise)
-rule(aten.masked_fill.Tensor, jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO, lambda t, y, a, m, v: m.where(t, 0.0)],
-     transpose=[lambda ct, a, m, v: m.where(0.0, ct), None, lambda ct, a, m, v: m.where(ct, 0.0)],
-     batch=lambda ctx, op, args, kwargs: _masked_fill(ctx, *args))
+elementwise(
+    aten.clamp_min.Tensor,
+    lambda t, y, a, lo: a.ge(lo).where(t, 0.0),
+    lambda t, y, a, lo: a.lt(lo).where(t, 0.0),
+)
+elementwise(
+    aten.clamp_max.Tensor,
+    lambda t, y, a, hi: a.le(hi).where(t, 0.0),
+    lambda t, y, a, hi: a.gt(hi).where(t, 0.0),
+)
+rule(
+    aten.masked_fill.Scalar,
+    jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO],
+    transpose=[lambda ct, a, m, v: m.where(0.0, ct), None],
+    batch=pointwise,
+)
+rule(
+    aten.masked_fill.Tensor,
+    jvp=[lambda t, y, a, m, v: m.where(0.0, t), ZERO, lambda t, y, a, m, v: m.where(t, 0.0)],
+    transpose=[lambda ct, a, m, v: m.where(0.0, ct), None, lambda ct, a, m, v: m.where(ct, 0.0)],
+    batch=lambda ctx, op, args, kwargs: _masked_fill(ctx, *args),
+)
 
 
 def _masked_fill(ctx, a, m, v):
@@ -174,6 +244,7 @@ def _masked_fill(ctx, a, m, v):
 
 
 # ----- complex numbers ------------------------------------------------------------------------------------------------
+
 
 def _sgn(t, y, a):
     """z / |z|; zero at zero."""
@@ -194,16 +265,35 @@ def _angle(t, y, a):
 
 elementwise(aten.sgn.default, _sgn)
 elementwise(aten.angle.default, _angle)
-rule(aten.complex.default, jvp=[lambda t, y, a, b: t.to(y.dtype), lambda t, y, a, b: t.to(y.dtype) * 1j],
-     transpose=[lambda ct, a, b: ct.to(a.dtype), lambda ct, a, b: (ct * -1j).to(b.dtype)], batch=pointwise)
-composite(aten.polar.default, lambda a, b: (a * b.cos()).call(aten.complex.default, a * b.sin()), batch=pointwise)
+rule(
+    aten.complex.default,
+    jvp=[lambda t, y, a, b: t.to(y.dtype), lambda t, y, a, b: t.to(y.dtype) * 1j],
+    transpose=[lambda ct, a, b: ct.to(a.dtype), lambda ct, a, b: (ct * -1j).to(b.dtype)],
+    batch=pointwise,
+)
+composite(
+    aten.polar.default, lambda a, b: (a * b.cos()).call(aten.complex.default, a * b.sin()), batch=pointwise
+)
 
 # ----- no derivative --------------------------------------------------------------------------------------------------
 for _op in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge):
     zero(_op.Tensor, batch=pointwise)
     zero(_op.Scalar, batch=pointwise)
-for _op in (aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc, aten.logical_not, aten.bitwise_not, aten.isnan,
-            aten.isinf, aten.logical_and, aten.logical_or, aten.logical_xor, aten.signbit):
+for _op in (
+    aten.sign,
+    aten.floor,
+    aten.ceil,
+    aten.round,
+    aten.trunc,
+    aten.logical_not,
+    aten.bitwise_not,
+    aten.isnan,
+    aten.isinf,
+    aten.logical_and,
+    aten.logical_or,
+    aten.logical_xor,
+    aten.signbit,
+):
     zero(_op.default, batch=pointwise)
 for _op in (aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.floor_divide):
     zero(_op.Tensor if hasattr(_op, "Tensor") else _op.default, batch=pointwise)

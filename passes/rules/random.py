@@ -6,8 +6,23 @@ from ..record import aten
 from .batching import draw
 from .table import rule, zero
 
-for _op in (aten.rand, aten.randn, aten.randint, aten.rand_like, aten.randn_like, aten.randint_like, aten.normal, aten.bernoulli,
-            aten.poisson, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal, aten.uniform, aten.random):
+for _op in (
+    aten.rand,
+    aten.randn,
+    aten.randint,
+    aten.rand_like,
+    aten.randn_like,
+    aten.randint_like,
+    aten.normal,
+    aten.bernoulli,
+    aten.poisson,
+    aten.exponential,
+    aten.cauchy,
+    aten.geometric,
+    aten.log_normal,
+    aten.uniform,
+    aten.random,
+):
     for _name in _op.overloads():
         if not getattr(_op, _name)._schema.is_mutable:
             zero(getattr(_op, _name), batch=draw)
@@ -38,5 +53,8 @@ def _dropped(t, y, x, p, train=None):
     return t * y[1].to(t.dtype) * (0.0 if p == 1 else 1 / (1 - p)), None
 
 
-rule(aten.native_dropout.default, jvp=[_dropped],
-     batch=lambda ctx, op, args, kwargs: ctx.b.emit(op, (ctx.lift(args[0]), *args[1:]), kwargs))
+rule(
+    aten.native_dropout.default,
+    jvp=[_dropped],
+    batch=lambda ctx, op, args, kwargs: ctx.b.emit(op, (ctx.lift(args[0]), *args[1:]), kwargs),
+)

@@ -28,7 +28,10 @@ def _unreduce(ct, a, dims=None, keepdim=False, dtype=None):
 
 
 linear(aten.sum.dim_IntList, _unreduce, batch=reduction)
-composite(aten.sum.default, lambda a, dtype=None: a.to(dtype or _summed(a)).call(aten.sum.dim_IntList, list(range(a.ndim))))
+composite(
+    aten.sum.default,
+    lambda a, dtype=None: a.to(dtype or _summed(a)).call(aten.sum.dim_IntList, list(range(a.ndim))),
+)
 
 
 def _summed(a):
@@ -55,7 +58,9 @@ def _variance(a, dims, correction, keepdim):
     centred = a - _mean(a, dims, True)
     squares = centred * centred.conj()
     squares = squares.to(_real(a.dtype)) if a.dtype.is_complex else squares
-    return squares.sum(dims_of(a, dims), keepdim) / _at_least_zero(_count(a, dims), 1 if correction is None else correction)
+    return squares.sum(dims_of(a, dims), keepdim) / _at_least_zero(
+        _count(a, dims), 1 if correction is None else correction
+    )
 
 
 def _at_least_zero(count, correction):
@@ -72,17 +77,29 @@ def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
     """Zero where the deviation is zero."""
     centred = a - _mean(a, dim, True)
     along = (t * centred.conj()).to(y.dtype).sum(dims_of(a, dim), keepdim)
-    return y.eq(0).where(0.0, along / (y * _at_least_zero(_count(a, dim), 1 if correction is None else correction)))
+    return y.eq(0).where(
+        0.0, along / (y * _at_least_zero(_count(a, dim), 1 if correction is None else correction))
+    )
 
 
-composite(aten.var.correction, lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim),
-          batch=along("dim"))
+composite(
+    aten.var.correction,
+    lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim),
+    batch=along("dim"),
+)
 rule(aten.std.correction, jvp=[_std], batch=along("dim"))
-composite(aten.var_mean.correction, lambda a, dim=None, *, correction=None, keepdim=False: (
-    _variance(a, dim, correction, keepdim), _mean(a, dim, keepdim)), batch=along("dim"))
+composite(
+    aten.var_mean.correction,
+    lambda a, dim=None, *, correction=None, keepdim=False: (
+        _variance(a, dim, correction, keepdim),
+        _mean(a, dim, keepdim),
+    ),
+    batch=along("dim"),
+)
 
 
 # ----- extrema: ties share, as in torch -------------------------------------------------------------------------------
+
 
 def _extremum(t, y, a, dims=(), keepdim=False):
     hit = a.eq(kept(y, a, dims, keepdim))
@@ -106,7 +123,11 @@ def _picked(t, y, a, dim, keepdim=False, **kwargs):
 
 for _op in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default):
     rule(_op, jvp=[_picked], batch=along("dim"))
-rule(aten.kthvalue.default, jvp=[lambda t, y, a, k, dim=-1, keepdim=False: _picked(t, y, a, dim, keepdim)], batch=along("dim"))
+rule(
+    aten.kthvalue.default,
+    jvp=[lambda t, y, a, k, dim=-1, keepdim=False: _picked(t, y, a, dim, keepdim)],
+    batch=along("dim"),
+)
 zero(aten.argmax.default, batch=lambda ctx, op, args, kwargs: _arg(ctx, op, args, kwargs))
 zero(aten.argmin.default, batch=lambda ctx, op, args, kwargs: _arg(ctx, op, args, kwargs))
 zero(aten.any.default, batch=full_reduction(aten.any.dims))
@@ -125,8 +146,16 @@ def _arg(ctx, op, args, kwargs):
 
 
 # ----- softmax --------------------------------------------------------------------------------------------------------
-rule(aten._softmax.default, jvp=[lambda t, y, a, dim, half: y * (t - (y * t).sum([dim], True))], batch=along("dim"))
-rule(aten._log_softmax.default, jvp=[lambda t, y, a, dim, half: t - (y.exp() * t).sum([dim], True)], batch=along("dim"))
+rule(
+    aten._softmax.default,
+    jvp=[lambda t, y, a, dim, half: y * (t - (y * t).sum([dim], True))],
+    batch=along("dim"),
+)
+rule(
+    aten._log_softmax.default,
+    jvp=[lambda t, y, a, dim, half: t - (y.exp() * t).sum([dim], True)],
+    batch=along("dim"),
+)
 
 
 def _logsumexp(t, y, a, dims, keepdim=False):
@@ -138,6 +167,7 @@ rule(aten.logsumexp.default, jvp=[_logsumexp], batch=along("dim"))
 
 
 # ----- cumulative and products ----------------------------------------------------------------------------------------
+
 
 def _uncumsum(ct, a, dim, dtype=None):
     return ct.flip([dim]).cumsum(dim).flip([dim]) if a.ndim else ct
@@ -177,13 +207,17 @@ def _product(x, dim: int, keepdim=False):
         return x
     dim = dim % x.ndim
     n = _static(x.shape[dim])
-    x = x if n else x.full([*x.shape[:dim], 1, *x.shape[dim + 1:]], 1)
+    x = x if n else x.full([*x.shape[:dim], 1, *x.shape[dim + 1 :]], 1)
     while (n := x.shape[dim]) > 1:
         half = (n + 1) // 2
         low, high = x.call(aten.slice.Tensor, dim, 0, half), x.call(aten.slice.Tensor, dim, half, n)
-        high = high if n % 2 == 0 else high.call(aten.constant_pad_nd.default, [0, 0] * (x.ndim - 1 - dim) + [0, 1], 1)
+        high = (
+            high
+            if n % 2 == 0
+            else high.call(aten.constant_pad_nd.default, [0, 0] * (x.ndim - 1 - dim) + [0, 1], 1)
+        )
         x = low * high
-    return x if keepdim else x.reshape([*x.shape[:dim], *x.shape[dim + 1:]])
+    return x if keepdim else x.reshape([*x.shape[:dim], *x.shape[dim + 1 :]])
 
 
 def _cast(a, dtype):
@@ -194,18 +228,35 @@ def _logadd(a, b):
     return a.call(aten.logaddexp.default, b)
 
 
-composite(aten.cumprod.default, lambda a, dim, *, dtype=None: _prefixes(_cast(a, dtype), dim, lambda a, b: a * b, 1), batch=along("dim"))
+composite(
+    aten.cumprod.default,
+    lambda a, dim, *, dtype=None: _prefixes(_cast(a, dtype), dim, lambda a, b: a * b, 1),
+    batch=along("dim"),
+)
 composite(aten.logcumsumexp.default, lambda a, dim: _prefixes(a, dim, _logadd, -math.inf), batch=along("dim"))
-composite(aten.prod.dim_int, lambda a, dim, keepdim=False, *, dtype=None: _product(_cast(a, dtype), dim, keepdim), batch=along("dim"))
-composite(aten.prod.default, lambda a, *, dtype=None: _product(_cast(a, dtype).reshape([-1]), 0),
-          batch=lambda ctx, op, args, kwargs: ctx.b.emit(aten.prod.dim_int, (args[0].x.reshape(
-              [ctx.length, numel(args[0].shape)]), 1), kwargs))
+composite(
+    aten.prod.dim_int,
+    lambda a, dim, keepdim=False, *, dtype=None: _product(_cast(a, dtype), dim, keepdim),
+    batch=along("dim"),
+)
+composite(
+    aten.prod.default,
+    lambda a, *, dtype=None: _product(_cast(a, dtype).reshape([-1]), 0),
+    batch=lambda ctx, op, args, kwargs: ctx.b.emit(
+        aten.prod.dim_int, (args[0].x.reshape([ctx.length, numel(args[0].shape)]), 1), kwargs
+    ),
+)
 
 # ----- norms ----------------------------------------------------------------------------------------------------------
 composite(aten.norm.Scalar, lambda a, p=2: a.call(aten.linalg_vector_norm.default, p))
 composite(aten.dist.default, lambda a, b, p=2: (a - b).call(aten.linalg_vector_norm.default, p))
 composite(aten.trace.default, lambda a: a.call(aten.diagonal.default).sum())
-composite(aten.norm.ScalarOpt_dim, lambda a, p, dim, keepdim=False: a.call(aten.linalg_vector_norm.default, 2 if p is None else p, dim, keepdim))
+composite(
+    aten.norm.ScalarOpt_dim,
+    lambda a, p, dim, keepdim=False: a.call(
+        aten.linalg_vector_norm.default, 2 if p is None else p, dim, keepdim
+    ),
+)
 
 
 def _vector_norm(ts, y, a, p=2, dim=None, keepdim=False, *, dtype=None):

@@ -17,9 +17,14 @@ def differentiate(body: Graph, nonzero, *, reverse_mode: bool) -> tuple[Graph, t
     """The jvp of a body: inputs, then nonzero tangents -> outputs, then nonzero output tangents."""
     b = Builder(SIMPLIFY)
     primals = [b.input(n.meta["val"], n.name) for n in body.inputs]
-    tangents = [b.input(n.meta["val"], "t_" + n.name) if z else None for n, z in zip(body.inputs, nonzero, strict=True)]
+    tangents = [
+        b.input(n.meta["val"], "t_" + n.name) if z else None
+        for n, z in zip(body.inputs, nonzero, strict=True)
+    ]
     outs, out_tangents = Jvp(b, reverse=reverse_mode, split=False).graph(body, primals, tangents)
-    return b.finish(outs + [t for t in out_tangents if t is not None]), tuple(t is not None for t in out_tangents)
+    return b.finish(outs + [t for t in out_tangents if t is not None]), tuple(
+        t is not None for t in out_tangents
+    )
 
 
 def _zip(outs, tangents, nonzero):
@@ -29,6 +34,7 @@ def _zip(outs, tangents, nonzero):
 
 # ----- map ------------------------------------------------------------------------------------------------------------
 
+
 def _map_jvp(jvp: Jvp, args, kwargs):
     body, duals = args
     nonzero = tuple(d.t is not None for d in duals)
@@ -37,15 +43,19 @@ def _map_jvp(jvp: Jvp, args, kwargs):
     t_mapped = [m for m, z in zip(mapped, nonzero, strict=True) if z]
 
     cut = linearize(body, nonzero, reverse=jvp.reverse)
-    results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *["stack"] * cut.residuals], length, randomness)
+    results = emit_map(
+        jvp.b, cut.primal, primals, mapped, [*outs, *["stack"] * cut.residuals], length, randomness
+    )
     residuals, r_mapped = [], []
-    for node, value in zip(cut.primal.outputs[cut.count:], results[cut.count:], strict=True):
+    for node, value in zip(cut.primal.outputs[cut.count :], results[cut.count :], strict=True):
         source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
         invariant = source is not None and not mapped[source]
         residuals.append(primals[source] if invariant else value)
         r_mapped.append(not invariant)
     kinds = [kind for kind, z in zip(outs, cut.nonzero_out, strict=True) if z]
-    out_tangents = emit_map(jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, kinds, length, randomness)
+    out_tangents = emit_map(
+        jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, kinds, length, randomness
+    )
     return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
 
 
@@ -58,10 +68,17 @@ def _map_transpose(b: Builder, cts, args, kwargs):
     given = [j for j, ct in enumerate(cts) if ct is not None]
     back = transposed(body, len(residuals), given)
     wanted = [i for i, n in zip(linear, back.outputs, strict=True) if n is not None]
-    results = iter(emit_map(
-        b, _without_none(back), [*(operands[i] for i in residuals), *(cts[j] for j in given)],
-        [*kinds, *(outs[j] == "stack" for j in given)], ["stack" if mapped[i] else "sum" for i in wanted],
-        kwargs["length"], kwargs["randomness"]))
+    results = iter(
+        emit_map(
+            b,
+            _without_none(back),
+            [*(operands[i] for i in residuals), *(cts[j] for j in given)],
+            [*kinds, *(outs[j] == "stack" for j in given)],
+            ["stack" if mapped[i] else "sum" for i in wanted],
+            kwargs["length"],
+            kwargs["randomness"],
+        )
+    )
     return [next(results) if i in wanted else None for i in linear]
 
 
@@ -88,6 +105,7 @@ def _without_none(graph: Graph) -> Graph:
 
 # ----- scan -----------------------------------------------------------------------------------------------------------
 
+
 def _carry_fixpoint(body: Graph, n_consts: int, n_carry: int, nonzero: list[bool], flow) -> list[bool]:
     """Grow the nonzero carries until the body adds none: a carry may become nonzero in a later step."""
     nonzero = list(nonzero)
@@ -106,25 +124,30 @@ def _scan_jvp(jvp: Jvp, args, kwargs):
     start = [d.t is not None for d in duals]
     if not jvp.split:
         return _scan_fused(jvp, body, duals, nc, nk, start, kwargs)
-    nonzero = _carry_fixpoint(body, nc, nk, start, lambda z: linearize(body, z, reverse=jvp.reverse).nonzero_out)
+    nonzero = _carry_fixpoint(
+        body, nc, nk, start, lambda z: linearize(body, z, reverse=jvp.reverse).nonzero_out
+    )
     cut = linearize(body, tuple(nonzero), reverse=jvp.reverse)
     cut = _with_carry_tangents(cut, nonzero[nc : nc + nk], nc, nk)
     primals = [d.p for d in duals]
-    results = emit_scan(jvp.b, cut.primal, primals[:nc], primals[nc : nc + nk], primals[nc + nk:], **kwargs)
-    residuals = results[cut.count:]
+    results = emit_scan(jvp.b, cut.primal, primals[:nc], primals[nc : nc + nk], primals[nc + nk :], **kwargs)
+    residuals = results[cut.count :]
     consts_r, xs_r, order = [], [], []
-    for k, (node, value) in enumerate(zip(cut.primal.outputs[cut.count:], residuals, strict=True)):
+    for k, (node, value) in enumerate(zip(cut.primal.outputs[cut.count :], residuals, strict=True)):
         source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
         invariant = source is not None and source < nc
         (consts_r if invariant else xs_r).append(primals[source] if invariant else value)
         order.append((not invariant, k))
     tangent = [instantiate(d.t, d.p) if z else None for d, z in zip(duals, nonzero, strict=True)]
-    groups = [[t for t in part if t is not None] for part in (tangent[:nc], tangent[nc : nc + nk], tangent[nc + nk:])]
+    groups = [
+        [t for t in part if t is not None]
+        for part in (tangent[:nc], tangent[nc : nc + nk], tangent[nc + nk :])
+    ]
     r = cut.residuals
     t_inputs = cut.linear.inputs[r:]
     a, c = len(groups[0]), len(groups[1])
     inputs = [cut.linear.inputs[k] for x, k in sorted(order) if not x] + list(t_inputs[: a + c])
-    inputs += [cut.linear.inputs[k] for x, k in sorted(order) if x] + list(t_inputs[a + c:])
+    inputs += [cut.linear.inputs[k] for x, k in sorted(order) if x] + list(t_inputs[a + c :])
     linear = extract(inputs, list(cut.linear.outputs))
     out_tangents = emit_scan(jvp.b, linear, consts_r + groups[0], groups[1], xs_r + groups[2], **kwargs)
     return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
@@ -149,7 +172,9 @@ def _with_carry_tangents(cut, nonzero_carry, nc, nk):
 
 
 def _scan_fused(jvp: Jvp, body, duals, nc, nk, start, kwargs):
-    nonzero = _carry_fixpoint(body, nc, nk, start, lambda z: differentiate(body, z, reverse_mode=jvp.reverse)[1])
+    nonzero = _carry_fixpoint(
+        body, nc, nk, start, lambda z: differentiate(body, z, reverse_mode=jvp.reverse)[1]
+    )
     both, flags = differentiate(body, tuple(nonzero), reverse_mode=jvp.reverse)
     count = len(body.outputs)
     tangent_out = dict(zip([j for j, z in enumerate(flags) if z], both.outputs[count:], strict=True))
@@ -160,20 +185,23 @@ def _scan_fused(jvp: Jvp, body, duals, nc, nk, start, kwargs):
     carry_t = [j for j in range(nk) if nonzero[nc + j]]
     ys_t = [j for j in range(nk, count) if flags[j]]
     t_carry = [t_values[j] if j in t_values else b.full(body.outputs[j].meta["val"], 0) for j in carry_t]
-    t_of = dict(zip([i for i, z in enumerate(nonzero) if z], ins[len(duals):], strict=True))
+    t_of = dict(zip([i for i, z in enumerate(nonzero) if z], ins[len(duals) :], strict=True))
     full = b.finish(outs[:nk] + t_carry + outs[nk:count] + [t_values[j] for j in ys_t])
     placeholders = dict(zip([v.node for v in ins], full.inputs, strict=True))
 
     def part(lo, hi):
         return [(placeholders[ins[i].node], duals[i].p) for i in range(lo, hi)] + [
-            (placeholders[t_of[i].node], instantiate(duals[i].t, duals[i].p)) for i in range(lo, hi) if nonzero[i]]
+            (placeholders[t_of[i].node], instantiate(duals[i].t, duals[i].p))
+            for i in range(lo, hi)
+            if nonzero[i]
+        ]
 
     parts = [part(0, nc), part(nc, nc + nk), part(nc + nk, len(duals))]
     ordered = extract([node for p in parts for node, _ in p], list(full.outputs))
     results = emit_scan(jvp.b, ordered, *([v for _, v in p] for p in parts), **kwargs)
     t_results = dict(zip(carry_t, results[nk:], strict=False))
-    ys = results[nk + len(carry_t):]
-    t_results |= dict(zip(ys_t, ys[count - nk:], strict=True))
+    ys = results[nk + len(carry_t) :]
+    t_results |= dict(zip(ys_t, ys[count - nk :], strict=True))
     return tuple(Dual(o, t_results.get(j)) for j, o in enumerate(results[:nk] + ys[: count - nk]))
 
 
@@ -186,7 +214,9 @@ def _scan_transpose(b: Builder, cts, args, kwargs):
     carries = body.inputs[len(consts) : len(consts) + nk]
     split: dict[bool, list] = {True: [], False: []}
     for n, x in zip(body.inputs, [*consts, *carry, *xs], strict=True):
-        split[isinstance(x, Undefined) or n in carries].append(n)  # a carry that starts as a constant zero is linear too
+        split[isinstance(x, Undefined) or n in carries].append(
+            n
+        )  # a carry that starts as a constant zero is linear too
     inner = extract(split[False] + split[True], list(body.outputs))
     ys_given = [j for j in range(ny) if cts[nk + j] is not None]
 
@@ -198,21 +228,42 @@ def _scan_transpose(b: Builder, cts, args, kwargs):
     for j in ys_given:
         ct_ys[j] = t.input(body.outputs[nk + j].meta["val"], "ct_y")
     shares = reverse.transpose(t, inner, res, [*ct_carry, *ct_ys])
-    to_consts, to_carry, to_xs = shares[: len(c_lin)], shares[len(c_lin): len(c_lin) + nk], shares[len(c_lin) + nk:]
+    to_consts, to_carry, to_xs = (
+        shares[: len(c_lin)],
+        shares[len(c_lin) : len(c_lin) + nk],
+        shares[len(c_lin) + nk :],
+    )
     new_acc = [forward.add(a, s) for a, s in zip(acc, to_consts, strict=True)]
     new_carry = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_carry, carry, strict=True)]
     new_ys = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_xs, _items(x_lin), strict=True)]
     graph = t.finish(new_acc + new_carry + new_ys)
     n_c = len(c_res)
     ins = graph.inputs
-    order = [*ins[:n_c], *ins[len(res): len(res) + len(acc) + nk], *ins[n_c: len(res)], *ins[len(res) + len(acc) + nk:]]
+    order = [
+        *ins[:n_c],
+        *ins[len(res) : len(res) + len(acc) + nk],
+        *ins[n_c : len(res)],
+        *ins[len(res) + len(acc) + nk :],
+    ]
     graph = extract(list(order), list(graph.outputs))
     start = [b.full(x.val, 0) for x in c_lin] + [
-        ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)]
-    results = emit_scan(b, graph, c_res, start, [*x_res, *(cts[nk + j] for j in ys_given)],
-                        length=kwargs["length"], reverse=not kwargs["reverse"])
+        ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)
+    ]
+    results = emit_scan(
+        b,
+        graph,
+        c_res,
+        start,
+        [*x_res, *(cts[nk + j] for j in ys_given)],
+        length=kwargs["length"],
+        reverse=not kwargs["reverse"],
+    )
     first = len(c_lin)
-    return [*results[:first], *(r for r, x in zip(results[first:], carry, strict=False) if isinstance(x, Undefined)), *results[first + nk:]]
+    return [
+        *results[:first],
+        *(r for r, x in zip(results[first:], carry, strict=False) if isinstance(x, Undefined)),
+        *results[first + nk :],
+    ]
 
 
 def _items(xs):
@@ -223,14 +274,18 @@ def _items(xs):
 
 # ----- custom and linear_call -----------------------------------------------------------------------------------------
 
+
 def _linear_call_jvp(jvp: Jvp, args, kwargs):
     """linear_call of the tangents plus the derivative of the body in its residuals."""
     body, transposed, residuals, operands = args
     if body is None:
         from ..errors import NotSupported
 
-        raise NotSupported(what="forward mode (or second order) through a custom backward that is not known to be linear",
-                           instead="Give the function a jvp with fxfunc.custom_jvp.", source=jvp.b.source)
+        raise NotSupported(
+            what="forward mode (or second order) through a custom backward that is not known to be linear",
+            instead="Give the function a jvp with fxfunc.custom_jvp.",
+            source=jvp.b.source,
+        )
     return tuple(jvp.b.inline(body, [*residuals, *operands], jvp.call))
 
 

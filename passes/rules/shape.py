@@ -10,12 +10,21 @@ linear(aten.reshape.default, lambda ct, a, shape: ct.reshape(list(a.shape)), bat
 linear(aten.permute.default, lambda ct, a, dims: ct.permute(_inverse(a, dims)), batch=permute)
 linear(aten.expand.default, lambda ct, a, shape, **kwargs: ct, batch=expand)
 linear(aten.flip.default, lambda ct, a, dims: ct.flip(dims), batch=along("dims"))
-linear(aten.roll.default, lambda ct, a, shifts, dims=(): ct.roll([-s for s in _list(shifts)], list(dims)),
-       batch=lambda ctx, op, args, kwargs: _roll(ctx, op, args, kwargs))
-linear(aten.view_as_real.default, lambda ct, a: ct.call(aten.view_as_complex.default),
-       batch=lambda ctx, op, args, kwargs: args[0].x.call(op))
-linear(aten.view_as_complex.default, lambda ct, a: ct.call(aten.view_as_real.default),
-       batch=lambda ctx, op, args, kwargs: args[0].x.call(op))
+linear(
+    aten.roll.default,
+    lambda ct, a, shifts, dims=(): ct.roll([-s for s in _list(shifts)], list(dims)),
+    batch=lambda ctx, op, args, kwargs: _roll(ctx, op, args, kwargs),
+)
+linear(
+    aten.view_as_real.default,
+    lambda ct, a: ct.call(aten.view_as_complex.default),
+    batch=lambda ctx, op, args, kwargs: args[0].x.call(op),
+)
+linear(
+    aten.view_as_complex.default,
+    lambda ct, a: ct.call(aten.view_as_real.default),
+    batch=lambda ctx, op, args, kwargs: args[0].x.call(op),
+)
 
 
 def _list(x):
@@ -41,15 +50,30 @@ def zeros_like(ct, a):
 
 
 # ----- windows --------------------------------------------------------------------------------------------------------
-linear(aten.select.int, lambda ct, a, dim, i: zeros_like(ct, a).call(aten.select_scatter.default, ct, dim, i), batch=along("dim"))
-linear(aten.slice.Tensor, lambda ct, a, dim=0, start=None, end=None, step=1: zeros_like(ct, a).call(
-    aten.slice_scatter.default, ct, dim, start, end, step), batch=along("dim"))
-linear(aten.diagonal.default, lambda ct, a, offset=0, dim1=0, dim2=1: zeros_like(ct, a).call(
-    aten.diagonal_scatter.default, ct, offset, dim1, dim2), batch=along("dim1", "dim2"))
+linear(
+    aten.select.int,
+    lambda ct, a, dim, i: zeros_like(ct, a).call(aten.select_scatter.default, ct, dim, i),
+    batch=along("dim"),
+)
+linear(
+    aten.slice.Tensor,
+    lambda ct, a, dim=0, start=None, end=None, step=1: zeros_like(ct, a).call(
+        aten.slice_scatter.default, ct, dim, start, end, step
+    ),
+    batch=along("dim"),
+)
+linear(
+    aten.diagonal.default,
+    lambda ct, a, offset=0, dim1=0, dim2=1: zeros_like(ct, a).call(
+        aten.diagonal_scatter.default, ct, offset, dim1, dim2
+    ),
+    batch=along("dim1", "dim2"),
+)
 
 
 def _scatter_rule(scatter, read):
     """x with a window replaced: linear in both."""
+
     def into(ct, a, src, *window, **kw):
         return ct.call(scatter, ct.full(src.shape, 0), *window, **kw)
 
@@ -58,7 +82,9 @@ def _scatter_rule(scatter, read):
 
     def jvp(ts, y, a, src, *window, **kw):
         t, s = ts[0], ts[1]
-        return (t if t is not None else a.full(a.shape, 0)).call(scatter, s if s is not None else a.full(src.shape, 0), *window, **kw)
+        return (t if t is not None else a.full(a.shape, 0)).call(
+            scatter, s if s is not None else a.full(src.shape, 0), *window, **kw
+        )
 
     names = ("dim1", "dim2") if scatter is aten.diagonal_scatter.default else ("dim",)
     rule(scatter, jvp=jvp, transpose=[into, of], batch=_both_along(*names))
@@ -66,11 +92,15 @@ def _scatter_rule(scatter, read):
 
 def _both_along(*names):
     """`along` with dims counted on the first argument."""
+
     def batch(ctx, op, args, kwargs):
         first, second, *window = args
         rank = first.ndim
         given = {a.name: i - 2 for i, a in enumerate(op._schema.arguments) if i >= 2}
-        window = [w if next(k for k, i in given.items() if i == j) not in names else w % rank + 1 for j, w in enumerate(window)]
+        window = [
+            w if next(k for k, i in given.items() if i == j) not in names else w % rank + 1
+            for j, w in enumerate(window)
+        ]
         for name in names:
             if given[name] >= len(window):
                 default = op._schema.arguments[given[name] + 2].default_value
@@ -86,6 +116,7 @@ _scatter_rule(aten.diagonal_scatter.default, aten.diagonal.default)
 
 
 # ----- joining and splitting ------------------------------------------------------------------------------------------
+
 
 def _cat_jvp(ts, y, xs, dim=0):
     parts = [t if t is not None else x.full(x.shape, 0, y.dtype) for t, x in zip(ts[0], xs, strict=True)]
@@ -131,7 +162,9 @@ def _split(a, size, dim=0):
 
 composite(aten.split_with_sizes.default, _split_with_sizes)
 composite(aten.split.Tensor, _split)
-composite(aten.unbind.int, lambda a, dim=0: tuple(a.call(aten.select.int, dim, i) for i in range(a.shape[dim])))
+composite(
+    aten.unbind.int, lambda a, dim=0: tuple(a.call(aten.select.int, dim, i) for i in range(a.shape[dim]))
+)
 
 
 def _constant_pad(ct, a, pad, value=0):
@@ -149,16 +182,26 @@ def _pad_batch(ctx, op, args, kwargs):
     return ctx.b.emit(op, (args[0].x, *args[1:]), kwargs)
 
 
-rule(aten.constant_pad_nd.default, jvp=[lambda t, y, a, pad, value=0: t.call(aten.constant_pad_nd.default, pad, 0)],
-     transpose=[_constant_pad], batch=_pad_batch)
+rule(
+    aten.constant_pad_nd.default,
+    jvp=[lambda t, y, a, pad, value=0: t.call(aten.constant_pad_nd.default, pad, 0)],
+    transpose=[_constant_pad],
+    batch=_pad_batch,
+)
 composite(aten.repeat.default, lambda a, repeats: _repeat(a, list(repeats)))
 
 
 def _repeat(a: Value, repeats):
     shape = [1] * (len(repeats) - a.ndim) + list(a.shape)
-    grown = a.reshape([x for s in shape for x in (1, s)]).expand([x for r, s in zip(repeats, shape, strict=True) for x in (r, s)])
+    grown = a.reshape([x for s in shape for x in (1, s)]).expand(
+        [x for r, s in zip(repeats, shape, strict=True) for x in (r, s)]
+    )
     return grown.reshape([r * s for r, s in zip(repeats, shape, strict=True)])
 
 
 for _op in (aten.tril, aten.triu):
-    linear(_op.default, (lambda op: lambda ct, a, diagonal=0: ct.call(op, diagonal))(_op.default), batch=_pad_batch)
+    linear(
+        _op.default,
+        (lambda op: lambda ct, a, diagonal=0: ct.call(op, diagonal))(_op.default),
+        batch=_pad_batch,
+    )

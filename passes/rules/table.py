@@ -54,7 +54,14 @@ def ZERO(t, *args, **kwargs):
 
 def rule(op, *, jvp=None, transpose=None, batch=None) -> None:
     """An op of no special class."""
-    _add(op, Row(tuple(jvp) if isinstance(jvp, (list, tuple)) else jvp, tuple(transpose) if transpose else None, batch))
+    _add(
+        op,
+        Row(
+            tuple(jvp) if isinstance(jvp, (list, tuple)) else jvp,
+            tuple(transpose) if transpose else None,
+            batch,
+        ),
+    )
 
 
 def elementwise(op, *jvp) -> None:
@@ -71,14 +78,21 @@ def linear(op, transpose, *, batch) -> None:
 
 def bilinear(op, transpose_a, transpose_b, *, batch) -> None:
     """Linear in each of its first two tensor arguments."""
-    jvp = (lambda t, y, a, b, *args, **kwargs: t.call(op, b, *args, **kwargs),
-           lambda t, y, a, b, *args, **kwargs: t.builder.emit(op, (a, t, *args), kwargs))
+    jvp = (
+        lambda t, y, a, b, *args, **kwargs: t.call(op, b, *args, **kwargs),
+        lambda t, y, a, b, *args, **kwargs: t.builder.emit(op, (a, t, *args), kwargs),
+    )
     _add(op, Row(jvp, (transpose_a, transpose_b), batch))
 
 
 def zero(op, *, batch) -> None:
     """No derivative at all (comparisons, integer results, shapes)."""
-    _add(op, Row(lambda ts, y, *args, **kwargs: None if not isinstance(y, tuple) else (None,) * len(y), None, batch))
+    _add(
+        op,
+        Row(
+            lambda ts, y, *args, **kwargs: None if not isinstance(y, tuple) else (None,) * len(y), None, batch
+        ),
+    )
 
 
 def composite(op, function, *, batch=None) -> None:
