@@ -39,8 +39,9 @@ case("polygamma", lambda a: torch.polygamma(1, a), lambda s: (s.pos(s.n),))
 for _name in "floor ceil round trunc sign".split():
     case(_name, getattr(torch, _name), lambda s: (s(s.n),))
 SMOOTH = "elu selu celu softplus logsigmoid softsign tanhshrink"
-for _name in f"{SMOOTH} leaky_relu hardtanh relu6 hardswish hardsigmoid hardshrink softshrink".split():
+for _name in f"{SMOOTH} leaky_relu hardtanh relu6 hardswish hardshrink softshrink".split():
     case(_name, getattr(F, _name), lambda s: (s(3, s.n),))
+case("hardsigmoid", F.hardsigmoid, lambda s: (s(3, s.n),), reference=lambda a: F.relu6(a + 3) / 6)
 case("gelu", F.gelu, lambda s: (s(3, s.n),), F32, BF16)
 case("gelu_tanh", lambda a: F.gelu(a, approximate="tanh"), lambda s: (s(3, s.n),))
 case("threshold", lambda a: F.threshold(a, 0.2, 5.0), lambda s: (s(3, s.n),))
@@ -52,7 +53,12 @@ case("rsub", lambda a: 1 - a, lambda s: (s(s.n),))
 case("mul", lambda a, b: a * b, lambda s: (s(3, s.n), s(3, 1)), F32, BF16, C128)
 case("div", lambda a, b: a / b, lambda s: (s(3, s.n), s.pos(s.n)), F32)
 case("div_complex", lambda a, b: a / b, lambda s: (s.complex(s.n), s.complex(s.n) + 3))
-case("floor_divide", lambda a, b: (a // b).to(a.dtype) * a, lambda s: (s(s.n), s.pos(s.n)), forward=False)
+case(
+    "floor_divide",
+    lambda a, b: (a // b) * a,
+    lambda s: (s(s.n), s.pos(s.n)),
+    reference=lambda a, b: (a / b).floor() * a,
+)
 case("remainder", torch.remainder, lambda s: (s(s.n), s.pos(s.n)))
 case("fmod", torch.fmod, lambda s: (s(s.n), s.pos(s.n)))
 case("scalars", lambda a: (2 / (a + 3) - 1) * 0.5, lambda s: (s.pos(s.n),), F32, BF16)
@@ -100,9 +106,27 @@ case(
     lambda s: (s(s.n), s(s.n)),
     skip="jvp vjp vmap_vjp vmap_jvp jvp_vjp vjp_vjp no_grad",
 )
-case("casts", lambda a: a.float().double() * a.to(torch.float64), lambda s: (s(s.n),))
-case("promotion", lambda a, b: a * b.float() + b.to(torch.bfloat16), lambda s: (s(s.n), s(3, s.n)))
-case("promotion_0d", lambda a, b: a.to(torch.bfloat16) * b, lambda s: (s(s.n), s()))
+case(
+    "casts",
+    lambda a: a.float().double() * a.to(torch.float64),
+    lambda s: (s(s.n),),
+    adjoint=False,
+    precision=F32,
+)
+case(
+    "promotion",
+    lambda a, b: a * b.float() + b.to(torch.bfloat16),
+    lambda s: (s(s.n), s(3, s.n)),
+    adjoint=False,
+    precision=BF16,
+)
+case(
+    "promotion_0d",
+    lambda a, b: a.to(torch.bfloat16) * b,
+    lambda s: (s(s.n), s()),
+    adjoint=False,
+    precision=BF16,
+)
 case(
     "integers",
     lambda a, b: (a + b, a * b, a // (b + 1), a % (b + 1), a.float() / 3),
@@ -265,7 +289,12 @@ case("pad_circular", lambda a: F.pad(a, (1, 2), mode="circular"), lambda s: (s(1
 case("pixel_shuffle", lambda a: F.pixel_shuffle(a, 2), lambda s: (s(1, 4, s.n, 2),))
 case("meshgrid", lambda a, b: torch.meshgrid(a, b, indexing="ij"), lambda s: (s(s.n), s(2)))
 case("broadcast_tensors", lambda a, b: torch.broadcast_tensors(a, b), lambda s: (s(s.n), s(2, 1)))
-case("in_place", lambda a, b: _in_place(a, b), lambda s: (s(2, s.n), s(s.n)))
+case(
+    "in_place",
+    lambda a, b: _in_place(a, b),
+    lambda s: (s(2, s.n), s(s.n)),
+    reference=lambda a, b: _in_place_reference(a, b),
+)
 case(
     "factories",
     lambda a: (
@@ -280,6 +309,14 @@ case(
 def s_n(a) -> int:
     """The size of a case, read off its first argument."""
     return a.shape[0]
+
+
+def _in_place_reference(a, b):
+    y = torch.cat([b[None], a[1:]])
+    y = torch.stack([c * 3 if i == 1 else c for i, c in enumerate(y.unbind(1))], 1) + 1
+    z = y.reshape(-1)
+    z = torch.cat([z[:1], z[1:2].sin(), z[2:]])
+    return z.reshape(y.shape), z
 
 
 def _in_place(a, b):
