@@ -23,7 +23,7 @@ from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.record import Builder
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import Recorder, Tracer, current, val_of
+from fxfunc.passes.trace import Recorder, current, tracked, val_of
 
 from . import custom
 
@@ -108,9 +108,7 @@ def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | No
     """The outputs of a graph at these tensors: recorded if a capture is under way, else computed."""
     recorder = current()
     if recorder is not None:
-        tracks = torch.is_grad_enabled() and any(
-            t.tracks if isinstance(t, Tracer) else t.requires_grad for t in tensors
-        )
+        tracks = torch.is_grad_enabled() and any(map(tracked, tensors))
         return recorder.inline(graph, tensors, tracks)
     return run(graph, compiled, tensors)
 

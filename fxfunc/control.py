@@ -12,7 +12,7 @@ from fxfunc.passes.infer import rewriting
 from fxfunc.passes.record import Builder
 from fxfunc.passes.regions import emit_scan
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import Tracer, val_of
+from fxfunc.passes.trace import tracked, val_of
 
 from .capture import capture, check_tensors, execute, is_tensor
 from .entry import entry
@@ -34,7 +34,7 @@ def scan(f, init, xs=None, length: int | None = None, reverse: bool = False):
     vals = [val_of(c) for c in carry] + [_item(val_of(x)) for x in xs_leaves if is_tensor(x)]
     leaves, spec = pytree.tree_flatten(((pytree.tree_unflatten(carry, carry_spec), xs), {}))
     tensors = [x for x in [*carry, *xs_leaves] if is_tensor(x)]
-    captured = capture(f, leaves, spec, vals, tracks=[_tracks(t) for t in tensors])
+    captured = capture(f, leaves, spec, vals, tracks=[tracked(t) for t in tensors])
     ys_spec = _checked_body(captured, carry_spec, vals[: len(carry)])
     graph = _scan_graph(captured.graph, len(carry), len(vals), length, reverse)
     results = execute(graph, [*tensors, *captured.captures])
@@ -51,10 +51,6 @@ def fori_loop(lower: int, upper: int, body_fun, init_val):
     device = next((x.device for x in pytree.tree_leaves(init_val) if is_tensor(x)), None)
     steps = torch.arange(lower, max(lower, upper), device=device)
     return scan(lambda val, i: (body_fun(i, val), None), init_val, steps)[0]
-
-
-def _tracks(t) -> bool:
-    return t.tracks if isinstance(t, Tracer) else t.requires_grad
 
 
 def _item(val: Val) -> Val:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 class Tracer(torch.Tensor):
-    """A tensor standing for `value` in the graph of `recorder`; `grad` is what `requires_grad` answers."""
+    """A tensor standing for `value` in the graph of `recorder`; `tracks` is what `requires_grad` answers."""
 
     recorder: Recorder
     value: Value
@@ -39,11 +40,7 @@ class Tracer(torch.Tensor):
         self.recorder, self.value, self.tracks = recorder, value, tracks and v.differentiable
         return self
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        handler = FUNCTIONS.get(func)
-        with torch._C.DisableTorchFunctionSubclass():
-            return handler(*args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -54,6 +51,13 @@ class Tracer(torch.Tensor):
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"Tracer({self.value.val})"
+
+
+class _Functions(TorchFunctionMode):
+    """Calls whose meaning is lost below the level of torch functions (`FUNCTIONS`), on tracers and real tensors alike."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 class _Stack(threading.local):
@@ -79,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self.mutates = False
         self.randomness: str | None = None  # that of the vmap this capture is the body of
         self.keeps_sources = keeps_sources
+        self.functions = _Functions()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -86,11 +91,13 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self):
         _stack.recorders.append(self)
+        self.functions.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc):
         _stack.recorders.remove(self)
-        return super().__exit__(*exc)
+        super().__exit__(*exc)
+        self.functions.__exit__(*exc)
 
     def input(self, val: Val, name: str, tracks: bool = False) -> Tracer:
         """A tracer for a new input."""
@@ -137,9 +144,11 @@ class Recorder(TorchDispatchMode):
         return [None if o is None else Tracer(self, o, tracks) for o in outs]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (handler := DISPATCH.get(func)) is not None:
-            return handler(self, func, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            handler = DISPATCH.get(func, Recorder._record)
+            return handler(self, func, *args, **(kwargs or {}))
+
+    def _record(self, func, *args, **kwargs):
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
         _refuse(func, args)
@@ -148,7 +157,7 @@ class Recorder(TorchDispatchMode):
         keywords = {k: self._values(v, tracers) for k, v in kwargs.items()}
         if not _returns_tensors(func):
             return meta_result(func, vals(values), {k: vals(v) for k, v in keywords.items()})
-        tracks = torch.is_grad_enabled() and any(getattr(t, "tracks", t.requires_grad) for t in tracers)
+        tracks = torch.is_grad_enabled() and any(map(tracked, tracers))
         out = self.emit(func, values, keywords, tracks)
         return (
             self._written(func, args, kwargs, out, tracks)
@@ -196,6 +205,11 @@ class Recorder(TorchDispatchMode):
         """The functional graph of what was recorded; captures are its last inputs."""
         values = [None if o is None else self.lift(o) for o in outputs]
         return functionalize(self.builder.finish_raw(values), **kwargs)
+
+
+def tracked(t: torch.Tensor) -> bool:
+    """What `t.requires_grad` answers."""
+    return t.tracks if isinstance(t, Tracer) else t.requires_grad
 
 
 def val_of(t: torch.Tensor) -> Val:
@@ -249,7 +263,7 @@ def _lift_fresh(recorder, func, x):
 
 
 def _same(recorder, func, x):
-    return Tracer(recorder, recorder.lift(x), getattr(x, "tracks", x.requires_grad))
+    return Tracer(recorder, recorder.lift(x), tracked(x))
 
 
 def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
@@ -296,13 +310,38 @@ def _detach(x):
 
 
 def _detach_in_place(x):
-    x.value, x.tracks = current().emit(stop_gradient, (current().lift(x),)).value, False
+    x.value, x.tracks = _own(x, "detach_()").recorder.emit(stop_gradient, (x.value,)).value, False
     return x
 
 
 def _requires_grad_(x, requires_grad=True):
-    x.tracks = requires_grad
+    _own(x, "requires_grad_()").tracks = requires_grad
     return x
+
+
+def _own(x, what: str) -> Tracer:
+    """A tensor of the innermost capture; changing the state of another one would outlive it."""
+    if not (isinstance(x, Tracer) and x.recorder is current()):
+        raise errors.UnsupportedInside(
+            what=f"{what} of a tensor made outside of it", instead="Call it on a tensor made inside."
+        )
+    return x
+
+
+def _one_hot(x, num_classes=-1):
+    if num_classes < 0:
+        raise errors.ValueDependent(op="torch.nn.functional.one_hot without num_classes")
+    return torch.eq(x.unsqueeze(-1), torch.arange(num_classes, device=x.device)).to(torch.int64)
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Written with matmul and softmax, which have every derivative; the fused kernels have the first only."""
+    how = {"scale": scale, "enable_gqa": enable_gqa}
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, **how
+    )[0]
 
 
 def _refuse_function(what: str, instead: str):
@@ -326,7 +365,7 @@ FUNCTIONS = {
     torch.Tensor.data.__get__: _detach,
     torch.Tensor.detach_: _detach_in_place,
     torch.detach_: _detach_in_place,
-    torch.Tensor.requires_grad.__get__: lambda x: x.tracks,
+    torch.Tensor.requires_grad.__get__: tracked,
     torch.Tensor.requires_grad.__set__: _requires_grad_,
     torch.Tensor.requires_grad_: _requires_grad_,
     torch.autograd.grad: _autograd,
@@ -336,6 +375,8 @@ FUNCTIONS = {
     torch.Tensor.numpy: _refuse_value("Tensor.numpy()"),
     torch.Tensor.tolist: _refuse_value("Tensor.tolist()"),
     torch.Tensor.__array__: _refuse_value("numpy.asarray(tensor)"),
+    torch.nn.functional.one_hot: _one_hot,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
 }
 
 
@@ -367,4 +408,4 @@ def trace_torch(function, args, kwargs) -> Graph:
     return graph
 
 
-__all__ = ["Recorder", "Tracer", "current", "infer", "trace_torch", "val_of"]
+__all__ = ["Recorder", "Tracer", "current", "infer", "trace_torch", "tracked", "val_of"]

@@ -306,6 +306,209 @@ case(
 )
 
 
+# ----- convolution, pooling, interpolation ----------------------------------------------------------------------------
+case("conv1d", F.conv1d, lambda s: (s(2, 3, s.n + 2), s(4, 3, 2), s(4)))
+case("conv2d", F.conv2d, lambda s: (s(2, 3, s.n + 1, 4), s(4, 3, 2, 3), s(4)), F32)
+case("conv2d_no_bias", lambda x, w: F.conv2d(x, w, padding=1), lambda s: (s(2, 3, s.n, 4), s(4, 3, 3, 3)))
+case(
+    "conv2d_options",
+    lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=(1, 2), dilation=(1, 2), groups=2),
+    lambda s: (s(2, 4, s.n + 3, 6), s(6, 2, 2, 3), s(6)),
+)
+case("conv2d_unbatched", F.conv2d, lambda s: (s(3, s.n, 4), s(2, 3, 2, 2), s(2)))
+case("conv2d_same", lambda x, w: F.conv2d(x, w, padding="same"), lambda s: (s(1, 2, s.n, 4), s(2, 2, 3, 3)))
+case("conv3d", F.conv3d, lambda s: (s(1, 2, 3, s.n, 3), s(2, 2, 2, 2, 2), s(2)))
+case(
+    "conv_transpose2d",
+    lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1),
+    lambda s: (s(2, 3, s.n, 3), s(3, 2, 3, 2), s(2)),
+)
+case(
+    "conv_transpose2d_groups",
+    lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2, dilation=2),
+    lambda s: (s(2, 4, s.n, 3), s(4, 3, 2, 2), s(6)),
+)
+case("max_pool1d", lambda a: F.max_pool1d(a, 2), lambda s: (s.distinct(2, 3, s.n + 2),))
+case("max_pool2d", lambda a: F.max_pool2d(a, 2, stride=1, padding=1), lambda s: (s.distinct(2, 2, s.n, 4),))
+case("max_pool2d_dilated", lambda a: F.max_pool2d(a, 2, dilation=2), lambda s: (s.distinct(2, s.n + 1, 5),))
+case(
+    "max_pool2d_indices",
+    lambda a: F.max_pool2d(a, 2, return_indices=True),
+    lambda s: (s.distinct(1, 2, s.n, 4),),
+)
+case("adaptive_max_pool2d", lambda a: F.adaptive_max_pool2d(a, 2), lambda s: (s.distinct(2, 2, s.n, 5),))
+case("avg_pool1d", lambda a: F.avg_pool1d(a, 2, padding=1), lambda s: (s(2, 3, s.n + 1),))
+case("avg_pool2d", lambda a: F.avg_pool2d(a, 2), lambda s: (s(2, 3, s.n, 4),))
+case(
+    "avg_pool2d_options",
+    lambda a: F.avg_pool2d(a, 3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
+    lambda s: (s(2, s.n + 2, 6),),
+)
+case("adaptive_avg_pool2d", lambda a: F.adaptive_avg_pool2d(a, (2, 1)), lambda s: (s(2, 3, s.n, 4),))
+case("interpolate_nearest", lambda a: F.interpolate(a, scale_factor=2), lambda s: (s(2, 2, s.n, 3),))
+case(
+    "interpolate_bilinear",
+    lambda a: F.interpolate(a, size=(5, 4), mode="bilinear", align_corners=True),
+    lambda s: (s(2, 2, s.n, 3),),
+)
+case("interpolate_linear", lambda a: F.interpolate(a, size=5, mode="linear"), lambda s: (s(2, 2, s.n),))
+case(
+    "interpolate_bicubic",
+    lambda a: F.interpolate(a, size=(5, 4), mode="bicubic"),
+    lambda s: (s(1, 2, s.n, 3),),
+)
+case("fold", lambda a: F.fold(a, (a.shape[-1] // 2 + 1, 2), (2, 1)), lambda s: (s(1, 4, 2 * (s.n - 1)),))
+case("unfold_im2col", lambda a: F.unfold(a, (2, 2), padding=1), lambda s: (s(1, 2, s.n, 3),))
+
+# ----- normalisation --------------------------------------------------------------------------------------------------
+case(
+    "layer_norm",
+    lambda a, w, b: F.layer_norm(a, w.shape, w, b),
+    lambda s: (s(2, 3, s.n), s(3, s.n), s(3, s.n)),
+    F32,
+)
+case("layer_norm_plain", lambda a: F.layer_norm(a, a.shape[-1:]), lambda s: (s(2, s.n),))
+case("group_norm", lambda a, w, b: F.group_norm(a, 2, w, b), lambda s: (s(2, 4, s.n), s(4), s(4)))
+case(
+    "instance_norm",
+    lambda a, w, b: F.instance_norm(a, weight=w, bias=b),
+    lambda s: (s(2, 3, s.n, 2), s(3), s(3)),
+)
+case(
+    "batch_norm",
+    lambda a, w, b: F.batch_norm(a, None, None, w, b, training=True),
+    lambda s: (s(4, 3, s.n), s(3), s(3)),
+    F32,
+)
+case("batch_norm_plain", lambda a: F.batch_norm(a, None, None, training=True), lambda s: (s(s.n + 1, 3),))
+case(
+    "batch_norm_eval",
+    lambda a, m, v, w, b: F.batch_norm(a, (m / 2).to(a.dtype), (v + 1).to(a.dtype), w, b),
+    lambda s: (s(3, 2, s.n, 2), s.ints(3, 2), s.ints(3, 2), s(2), s(2)),
+)
+case("rms_norm", lambda a, w: F.rms_norm(a, w.shape, w), lambda s: (s(2, 3, s.n), s(s.n)))
+case("local_response_norm", lambda a: F.local_response_norm(a, 2), lambda s: (s(2, 3, s.n),))
+
+# ----- losses ---------------------------------------------------------------------------------------------------------
+for _reduction in ("none", "mean", "sum"):
+    _how = {"reduction": _reduction}
+    case(
+        f"mse_{_reduction}", lambda a, b, how=_how: F.mse_loss(a, b, **how), lambda s: (s(3, s.n), s(3, s.n))
+    )
+    case(
+        f"cross_entropy_{_reduction}",
+        lambda a, t, how=_how: F.cross_entropy(a, t, **how),
+        lambda s: (s(3, s.n), s.ints(s.n, 3)),
+        F32,
+    )
+case("l1_loss", F.l1_loss, lambda s: (s(3, s.n), s(3, s.n)))
+case("smooth_l1_loss", lambda a, b: F.smooth_l1_loss(a, b, beta=0.7), lambda s: (s(3, s.n), s(3, s.n)))
+case(
+    "huber_loss", lambda a, b: F.huber_loss(a, b, delta=0.7), lambda s: (s(3, s.n), s(3, s.n)), forward=False
+)
+case("bce", F.binary_cross_entropy, lambda s: (s.inside(0.1, 0.9, s.n), s.inside(0, 1, s.n)))
+case(
+    "bce_with_logits",
+    lambda a, t, w: F.binary_cross_entropy_with_logits(a, t, pos_weight=w),
+    lambda s: (s(3, s.n), s.inside(0, 1, 3, s.n), s.pos(s.n)),
+)
+case(
+    "cross_entropy_weights",
+    lambda a, t, w: F.cross_entropy(a, t, w.to(a.dtype), label_smoothing=0.1, ignore_index=1),
+    lambda s: (s(4, s.n), torch.tensor([0, 1, 2, 0]), s.ints(3, s.n) + 1),
+    reference=lambda a, t, w: _weighted_cross_entropy(a, t, w.to(a.dtype), 0.1, 1),
+)
+case("cross_entropy_2d", F.cross_entropy, lambda s: (s(2, 3, s.n, 2), s.ints(3, 2, s.n, 2)))
+case("cross_entropy_soft", F.cross_entropy, lambda s: (s(3, s.n), s(3, s.n).softmax(1)))
+case("cross_entropy_one", F.cross_entropy, lambda s: (s(s.n), s.ints(s.n)))
+case("nll_loss", F.nll_loss, lambda s: (s(3, s.n), s.ints(s.n, 3)))
+case(
+    "kl_div",
+    lambda a, b: F.kl_div(a, b, reduction="batchmean"),
+    lambda s: (s(3, s.n), s.inside(0.1, 1, 3, s.n)),
+)
+case(
+    "soft_margin_loss",
+    lambda a, y: F.soft_margin_loss(a, y * 2 - 1),
+    lambda s: (s(3, s.n), s.ints(2, 3, s.n)),
+    reference=lambda a, y: (-(y * 2 - 1) * a).exp().log1p().mean(),
+)
+
+case("poisson_nll", F.poisson_nll_loss, lambda s: (s(3, s.n), s.pos(3, s.n)))
+case("hinge_embedding", F.hinge_embedding_loss, lambda s: (s(3, s.n), s(3, s.n).sign()))
+case("triplet", F.triplet_margin_loss, lambda s: (s(3, s.n), s(3, s.n), s(3, s.n)))
+
+# ----- indexing, embeddings, sorting ----------------------------------------------------------------------------------
+case("gather", lambda a, i: a.gather(1, i), lambda s: (s(3, s.n), s.ints(s.n, 2, 5)))
+case("scatter", lambda a, i, b: a.scatter(1, i, b), lambda s: (s(3, 5), s.perm(2, s.n), s(2, s.n)))
+case("scatter_value", lambda a, i: a.scatter(1, i, 2.0), lambda s: (s(3, s.n), s.ints(s.n, 2, 2)))
+case(
+    "scatter_add", lambda a, i, b: a.scatter_add(0, i, b), lambda s: (s(3, s.n), s.ints(3, 4, s.n), s(4, s.n))
+)
+case("index", lambda a, i: a[i], lambda s: (s(s.n, 3), s.ints(s.n, 2, 2)))
+case("index_two", lambda a, i, j: a[i, :, j], lambda s: (s(s.n, 2, 3), s.ints(s.n, 4), s.ints(3, 4)))
+case("index_middle", lambda a, i, j: a[:, i, j], lambda s: (s(2, s.n, 3), s.ints(s.n, 2, 1), s.ints(3, 4)))
+case("index_list", lambda a: a[[0, 2, 0]], lambda s: (s(s.n, 2),))
+case("index_none", lambda a, i: a[:, None, i], lambda s: (s(2, s.n), s.ints(s.n, 4)))
+case(
+    "index_put",
+    lambda a, i, b: _put(a, i, b),
+    lambda s: (s(s.n + 1, 2), s.perm(s.n), s(s.n, 2)),
+    reference=lambda a, i, b: a.index_put((i,), b),
+)
+case(
+    "index_put_accumulate",
+    lambda a, i, b: a.index_put((i,), b, True),
+    lambda s: (s(s.n, 2), s.ints(s.n, 5), s(5, 2)),
+)
+case("index_select", lambda a, i: a.index_select(1, i), lambda s: (s(2, s.n), s.ints(s.n, 5)))
+case(
+    "index_add", lambda a, i, b: a.index_add(0, i, b, alpha=2), lambda s: (s(s.n, 2), s.ints(s.n, 4), s(4, 2))
+)
+case("index_copy", lambda a, i, b: a.index_copy(0, i, b), lambda s: (s(s.n, 2), s.perm(s.n)[:2], s(2, 2)))
+case("index_fill", lambda a, i: a.index_fill(1, i, 2.0), lambda s: (s(2, s.n), s.ints(s.n, 2)))
+case("take", lambda a, i: a.take(i), lambda s: (s(2, s.n), s.ints(2 * s.n, 3)))
+case("take_along_dim", lambda a, i: a.take_along_dim(i, 1), lambda s: (s(2, s.n), s.ints(s.n, 2, 3)))
+case(
+    "masked_write",
+    lambda a, m: _masked_write(a, m),
+    lambda s: (s(3, s.n), s.bools(3, s.n)),
+    reference=lambda a, m: (a * 2).masked_fill(m, 1.0),
+)
+case("embedding", lambda i, w: F.embedding(i, w), lambda s: (s.ints(s.n, 2, 3), s(s.n, 2)))
+case(
+    "embedding_padding",
+    lambda i, w: F.embedding(i, w, padding_idx=1),
+    lambda s: (s.ints(s.n, 2, 3), s(s.n, 2)),
+    adjoint=False,  # torch keeps the padding row out of gradients, not out of tangents
+)
+case(
+    "one_hot",
+    lambda a, i: a @ F.one_hot(i, 4).to(a.dtype),
+    lambda s: (s(2, s.n), s.ints(4, s.n)),
+    reference=lambda a, i: a @ (i[..., None] == torch.arange(4)).to(a.dtype),
+)
+case("sort", lambda a: tuple(a.sort(1, descending=True)), lambda s: (s.distinct(3, s.n),))
+case("sort_stable", lambda a: tuple(a.sort(dim=0, stable=True)), lambda s: (s.distinct(3, s.n),))
+case("topk", lambda a: tuple(a.topk(2, 1)), lambda s: (s.distinct(3, s.n),))
+case("argsort", lambda a: a.argsort(1), lambda s: (s.distinct(3, s.n),))
+case(
+    "searchsorted",
+    lambda a, b: torch.searchsorted(a, b),
+    lambda s: (s.distinct(s.n).sort()[0], s(2)),
+    skip="vmap",
+)
+
+# ----- attention and recurrence ---------------------------------------------------------------------------------------
+case(
+    "attention",
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    lambda s: (s(1, 2, s.n, 4), s(1, 2, s.n, 4), s(1, 2, s.n, 4)),
+    forward=False,
+    reference=lambda q, k, v: _attention(q, k, v),
+)
+
+
 def s_n(a) -> int:
     """The size of a case, read off its first argument."""
     return a.shape[0]
@@ -327,3 +530,28 @@ def _in_place(a, b):
     z = y.view(-1)
     z[1:2].sin_()
     return y, z
+
+
+def _put(a, i, b):
+    y = a.clone()
+    y[i] = b
+    return y
+
+
+def _masked_write(a, m):
+    y = a * 2
+    y[m] = 1.0
+    return y
+
+
+def _weighted_cross_entropy(a, t, w, smoothing, ignored):
+    log = a.log_softmax(1)
+    kept = (t != ignored).to(a.dtype)
+    hit = -(log.gather(1, t[:, None])[:, 0] * w[t] * kept).sum()
+    spread = -((log * w).sum(1) * kept).sum()
+    return ((1 - smoothing) * hit + smoothing / a.shape[1] * spread) / (w[t] * kept).sum()
+
+
+def _attention(q, k, v):
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).tril().logical_not(), -torch.inf).softmax(-1) @ v
