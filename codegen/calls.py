@@ -54,11 +54,18 @@ def _table() -> dict[torch._ops.OpOverload, Callable]:
 
 
 BUILTINS = _table()
+# Whether these factor A or its transpose depends on A's strides; the graph reads their factors as those of a dense A.
+_FACTORS = (aten._linalg_det.default, aten._linalg_slogdet.default, aten._linalg_solve_ex.default)
+_DENSE: dict[torch._ops.OpOverload, Callable] = {
+    op: lambda a, *rest, op=op, **kwargs: op(a.contiguous(), *rest, **kwargs) for op in _FACTORS
+}
 _types: dict[torch._ops.OpOverload, tuple[str, ...]] = {}
 
 
 def best(op: torch._ops.OpOverload, args: Sequence[object]) -> Callable:
     """The fastest callable that takes these arguments (`Node`s for tensors) to mean a call of `op`."""
+    if op in _DENSE:
+        return _DENSE[op]
     if op in BUILTINS and _plain(op, args):
         return BUILTINS[op]
     return getattr(op, "_op", op)

@@ -63,9 +63,19 @@ class Batch:
         tensors = tensors_in([args, list(kwargs.values())], (Value, Mapped))
         graph = expand(op, args, kwargs)
         if graph is None:
-            return self._loop(op, args, kwargs, out, tensors)
+            return self._derived(op, args, kwargs, out, tensors)
         outs = self.b.inline(graph, tensors, self.call)
         return outs[0] if isinstance(out, Val) else tuple(outs)
+
+    def _derived(self, op, args, kwargs, out, tensors):
+        from .rules.derived import batch_of
+
+        mapped = [isinstance(t, Mapped) for t in tensors]
+        values = [t.x if m else t for t, m in zip(tensors, mapped, strict=True)]
+        outs = batch_of(self.b, op, args, kwargs, values, mapped, self.length)
+        if outs is None:
+            return self._loop(op, args, kwargs, out, tensors)
+        return self.wrap(outs[0] if isinstance(out, Val) else tuple(outs), out)
 
     def _loop(self, op, args, kwargs, out, tensors):
         """No rule: one example after the other, as a scan; said once per op."""
@@ -202,11 +212,7 @@ def _lower_scan(b: Builder, args, kwargs):
 def _lower_linear_call(b: Builder, args, kwargs):
     body, transposed, residuals, operands = args
     if body is None:
-        raise errors.NotSupported(
-            what="forward mode through a backward that is not known to be linear",
-            instead="Give the function a jvp with fxfunc.custom_jvp.",
-            source=b.source,
-        )
+        raise errors.MissingRule(op=kwargs["name"], rule="jvp", source=b.source)
     return tuple(b.inline(body, [*residuals, *operands], _Lower(b).call))
 
 

@@ -27,15 +27,22 @@ def _expand(op, args, kwargs) -> Graph | None:
     row = ROWS.get(op)
     if row is not None and row.composite is not None:
         return build(row.composite, args, kwargs)
-    from torch._decomp import decomposition_table
+    from torch._decomp import core_aten_decompositions
 
     from .trace import trace_torch
 
-    function = decomposition_table.get(op)
+    function = core_aten_decompositions().get(op)
     if function is None and not (isinstance(op, torch._ops.OpOverload) and op._can_decompose()):
         return None
     graph = trace_torch(function or op.decompose, args, kwargs)
-    return None if any(n.target is op for n in graph.nodes) else graph
+    return graph if all(_simpler(n.target, op) for n in graph.nodes) else None
+
+
+def _simpler(target, op) -> bool:
+    """False for the op itself, and for prims, whose derivatives are zero in the eyes of autograd."""
+    return target is not op and not (
+        isinstance(target, torch._ops.OpOverload) and target.namespace == "prims"
+    )
 
 
 def build(function, args, kwargs) -> Graph:

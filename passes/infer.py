@@ -202,7 +202,7 @@ def _scan_vals(body, consts, carry, xs, *, length, reverse):
     )
 
 
-def _linear_call_vals(body, transposed, residuals, operands, *, vals):
+def _linear_call_vals(body, transposed, residuals, operands, *, vals, name):
     return vals
 
 

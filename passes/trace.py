@@ -7,6 +7,7 @@ Tensors of other recorders and real tensors become inputs (`captures`), bound by
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -84,6 +85,7 @@ class Recorder(TorchDispatchMode):
         self.randomness: str | None = None  # that of the vmap this capture is the body of
         self.keeps_sources = keeps_sources
         self.functions = _Functions()
+        self.results: list[Tracer | None] = []  # of the last call that had several
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -130,7 +132,8 @@ class Recorder(TorchDispatchMode):
         """Values as tracers."""
         if isinstance(out, Value):
             return Tracer(self, out, tracks)
-        return [None if o is None else Tracer(self, o, tracks) for o in out]
+        self.results = [None if o is None else Tracer(self, o, tracks) for o in out]
+        return self.results
 
     def inline(self, graph: Graph, tensors, tracks: bool = False) -> list[Tracer | None]:
         """Copy a finished graph in, its inputs bound to tensors; under no_grad its results stop reverse mode."""
@@ -292,7 +295,22 @@ def _cudnn_batch_norm(recorder, func, *args):
     )
 
 
+def _linalg_check(recorder, func, info, api_name, *, is_matrix):
+    """torch.linalg raises where a matrix is singular or not positive definite; a graph has NaN there, as in JAX."""
+    if not any(t is info for t in recorder.results):
+        raise errors.ValueDependent(op=func)
+    failed = recorder.builder.emit(aten.ne.Scalar, (info.value, 0))
+    for t in recorder.results:
+        if t is not None and t.value.val.differentiable:
+            shape = [*info.value.shape, *[1] * (t.ndim - info.ndim)]
+            t.value = failed.reshape(shape).where(math.nan, t.value)
+
+
 DISPATCH = {
+    aten._linalg_check_errors.default: _linalg_check,
+    aten._embedding_bag_forward_only.default: lambda recorder, func, *args: recorder._record(
+        aten._embedding_bag.default, *args
+    ),
     aten.native_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,

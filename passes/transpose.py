@@ -90,7 +90,9 @@ def cotangents_of(b: Builder, op, ct, args, kwargs) -> list[Value | None]:
 
     graph = expand(op, args, kwargs)
     if graph is None:
-        raise errors.MissingRule(op=op, rule="transpose", source=b.source)
+        from .rules.derived import transpose_of
+
+        return transpose_of(b, op, ct if isinstance(ct, list) else [ct], args, kwargs)
     tensors = tensors_in([args, list(kwargs.values())], (Value, Undefined))
     return _through(b, graph, tensors, ct if isinstance(ct, list) else [ct])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import jvp as forward
 from .. import transpose as reverse
+from ..errors import MissingRule
 from ..graph import Graph, custom, extract, linear_call, map_, scan
 from ..jvp import Dual, Jvp, instantiate
 from ..linearize import linearize
@@ -276,17 +277,19 @@ def _items(xs):
 
 
 def _linear_call_jvp(jvp: Jvp, args, kwargs):
-    """linear_call of the tangents plus the derivative of the body in its residuals."""
+    """linear_call of the operands' tangents, plus the derivative of the body in its residuals."""
     body, transposed, residuals, operands = args
-    if body is None:
-        from ..errors import NotSupported
-
-        raise NotSupported(
-            what="forward mode (or second order) through a custom backward that is not known to be linear",
-            instead="Give the function a jvp with fxfunc.custom_jvp.",
-            source=jvp.b.source,
-        )
-    return tuple(jvp.b.inline(body, [*residuals, *operands], jvp.call))
+    primals = [d.p for d in residuals], [d.p for d in operands]
+    outs = jvp.b.emit(linear_call, (body, transposed, *map(tuple, primals)), kwargs)
+    tangents: list[Value | None] = [None] * len(outs)
+    if any(d.t for d in operands):
+        ts = tuple(instantiate(d.t, d.p) for d in operands)
+        tangents = list(jvp.b.emit(linear_call, (body, transposed, tuple(primals[0]), ts), kwargs))
+    if any(d.t for d in residuals):
+        ts = [d.t for d in residuals] + [None] * len(operands)
+        shares = jvp.graph(_known(body, kwargs, jvp.b, "jvp"), primals[0] + primals[1], ts)[1]
+        tangents = [forward.add(t, s) for t, s in zip(tangents, shares, strict=True)]
+    return tuple(Dual(o, t) for o, t in zip(outs, tangents, strict=True))
 
 
 def _linear_call_transpose(b: Builder, cts, args, kwargs):
@@ -294,7 +297,13 @@ def _linear_call_transpose(b: Builder, cts, args, kwargs):
     if any(not isinstance(x, Undefined) for x in operands):
         raise AssertionError("linear_call with a nonlinear operand")
     cts = [ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, kwargs["vals"], strict=True)]
-    return b.inline(transposed, [*residuals, *cts])
+    return b.inline(_known(transposed, kwargs, b, "transpose"), [*residuals, *cts])
+
+
+def _known(graph: Graph | None, kwargs, b: Builder, rule: str) -> Graph:
+    if graph is None:
+        raise MissingRule(op=kwargs["name"], rule=rule, source=b.source)
+    return graph
 
 
 forward.SPECIAL.update({map_: _map_jvp, scan: _scan_jvp, linear_call: _linear_call_jvp})
