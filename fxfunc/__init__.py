@@ -7,6 +7,7 @@ from . import errors as errors
 from .artifact import load as load
 from .control import fori_loop as fori_loop
 from .control import scan as scan
+from .custom import register_rule as register_rule
 from .jit import Compiled as Compiled
 from .jit import Lowered as Lowered
 from .jit import jit as jit

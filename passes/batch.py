@@ -217,8 +217,7 @@ def _lower_linear_call(b: Builder, args, kwargs):
 
 
 def _lower_custom(b: Builder, args, kwargs):
-    body, backward, operands = args
-    return tuple(b.inline(body, list(operands), _Lower(b).call))
+    return tuple(b.inline(args[0], list(args[-1]), _Lower(b).call))
 
 
 SPECIAL = {scan: _batch_scan}

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 
 from .graph import Graph, Val, typed
+from .infer import on_forget
 from .record import Builder, vals
 from .rules.table import ROWS
 
 _cache: dict = {}
+on_forget(_cache.clear)
 
 
 def expand(op, args, kwargs) -> Graph | None:

@@ -114,7 +114,9 @@ graft = Op("graft")
 map_ = Op("map")
 # scan(body, consts, carry, xs; length, reverse): body(*consts, *carry, *x) -> (*carry, *y); results are carry and stacked ys.
 scan = Op("scan")
-# custom(body, operands; rule): `body` with derivatives of the user's own (see rules/region.py).
+# custom(body, backward, jvp, operands; wrt, outs, count, origins, name): body(*operands) -> `count` outputs, then residuals;
+#   backward(*residuals, *cotangents of the `outs`) -> cotangents of the operands `wrt`, jvp(*residuals, *tangents of these) ->
+#   tangents of the `outs`; either may be None. origins: which operand i (as i) or output j (as -1 - j) a residual is, or None.
 custom = Op("custom")
 # linear_call(body, transposed, residuals, operands): a linear map given as two graphs, either may be None:
 #   body(*residuals, *operands) and its transpose transposed(*residuals, *cotangents).

@@ -72,6 +72,20 @@ def hermetic():
         yield
 
 
+_clear: list = []
+
+
+def on_forget(clear) -> None:
+    """Have `clear()` called when rules change: it empties a cache of what followed from them."""
+    _clear.append(clear)
+
+
+def forget() -> None:
+    """Empty every cache that depends on the rules."""
+    for clear in _clear:
+        clear()
+
+
 def rewriting(function):
     """A function from graphs (and static values) to graphs: cached, and run with the caller's modes neutralised."""
     name = function.__name__.strip("_").removesuffix("_graph")
@@ -87,6 +101,7 @@ def rewriting(function):
             saw(name, out)
         return out
 
+    on_forget(cached.cache_clear)
     return cached
 
 

@@ -16,7 +16,7 @@ from .. import errors
 from ..decompose import tensors_in
 from ..dims import to_torch
 from ..graph import Graph, Val, extract, getitem, linear_call, typed
-from ..infer import infer
+from ..infer import infer, on_forget
 from ..jvp import Dual
 from ..record import Value, vals
 from ..trace import trace_torch
@@ -24,6 +24,7 @@ from .region import transposed
 from .table import Undefined
 
 _cache: dict = {}
+on_forget(_cache.clear)
 
 
 class _Signature:

@@ -306,6 +306,83 @@ def _known(graph: Graph | None, kwargs, b: Builder, rule: str) -> Graph:
     return graph
 
 
-forward.SPECIAL.update({map_: _map_jvp, scan: _scan_jvp, linear_call: _linear_call_jvp})
-reverse.SPECIAL.update({map_: _map_transpose, scan: _scan_transpose, linear_call: _linear_call_transpose})
-__all__ = ["custom", "differentiate"]
+def _custom_jvp(jvp: Jvp, args, kwargs):
+    """A linear_call over what the call saved, with the user's backward as its transpose."""
+    body, backward, push, operands = args
+    y = jvp.b.emit(custom, (body, backward, push, tuple(d.p for d in operands)), kwargs)
+    given = [k for k, i in enumerate(kwargs["wrt"]) if operands[i].t is not None]
+    outs = [Dual(v) for v in y[: kwargs["count"]]]
+    if given and kwargs["outs"]:
+        pull, push = _restricted(body, backward, push, kwargs, given)
+        tangents = tuple(operands[kwargs["wrt"][k]].t for k in given)
+        vals = tuple(y[i].val for i in kwargs["outs"])
+        ts = jvp.b.emit(
+            linear_call, (push, pull, tuple(y[len(outs) :]), tangents), {"vals": vals, "name": kwargs["name"]}
+        )
+        for i, t in zip(kwargs["outs"], ts, strict=True):
+            outs[i] = Dual(y[i], t)
+    return (*outs, *_residuals(jvp, body, kwargs["origins"], operands, outs, y[len(outs) :]))
+
+
+def _restricted(body: Graph, backward: Graph | None, push: Graph | None, kwargs, given):
+    """(pullback, pushforward) for the `given` ones among the differentiable operands; None where there is none."""
+    residuals = [n.meta["val"] for n in body.outputs[kwargs["count"] :]]
+    ins = [body.inputs[i].meta["val"] for i in kwargs["wrt"]]
+    pull = backward and _with_zeros(
+        backward, residuals, [body.outputs[i].meta["val"] for i in kwargs["outs"]], ins, given
+    )
+    if push is None:
+        return pull, pull and _linear_transpose(pull, len(residuals))
+    b = Builder(SIMPLIFY)
+    values = [b.input(v, "saved") for v in residuals]
+    ts = [b.input(v, "t") if k in given else b.full(v, 0) for k, v in enumerate(ins)]
+    return pull or None, b.finish(b.inline(push, values + ts))
+
+
+def _with_zeros(backward: Graph, residuals, cts, ins, given) -> Graph:
+    """The backward for the given operands, in their dtypes and shapes; what it leaves out is zero."""
+    b = Builder(SIMPLIFY)
+    shares = b.inline(backward, [b.input(v, "saved") for v in residuals] + [b.input(v, "ct") for v in cts])
+    return b.finish(
+        [b.full(ins[k], 0) if shares[k] is None else reverse.fit(shares[k], ins[k]) for k in given]
+    )
+
+
+def _linear_transpose(pull: Graph, residuals: int) -> Graph | None:
+    """The pushforward that a pullback implies, if it is linear and its ops have transposes."""
+    try:
+        push = transposed(pull, residuals, list(range(len(pull.outputs))))
+    except MissingRule:
+        return None
+    b = Builder(SIMPLIFY)
+    outs = b.inline(push, [b.input(n.meta["val"], n.name) for n in push.inputs])
+    zeros = [n.meta["val"] for n in pull.inputs[residuals:]]
+    return b.finish([b.full(v, 0) if o is None else o for o, v in zip(outs, zeros, strict=True)])
+
+
+def _residuals(jvp: Jvp, body: Graph, origins, operands, outs, saved):
+    """What a call saved, with tangents: an operand's, an output's, or else that of the computation."""
+    place = {n: i for i, n in enumerate(body.inputs)}
+    nodes = body.outputs[len(outs) :]
+    origins = [place.get(n) if o is None else o for n, o in zip(nodes, origins, strict=True)]
+    computed = [None] * len(nodes)
+    if None in origins:
+        computed = jvp.graph(body, [d.p for d in operands], [d.t for d in operands])[1][len(outs) :]
+    known = [*operands, *reversed(outs)]  # as -1 - j counts
+    return [Dual(v, t if o is None else known[o].t) for v, o, t in zip(saved, origins, computed, strict=True)]
+
+
+def _custom_transpose(b: Builder, cts, args, kwargs):
+    raise MissingRule(op=kwargs["name"], rule="transpose", source=b.source)
+
+
+forward.SPECIAL.update({map_: _map_jvp, scan: _scan_jvp, linear_call: _linear_call_jvp, custom: _custom_jvp})
+reverse.SPECIAL.update(
+    {
+        map_: _map_transpose,
+        scan: _scan_transpose,
+        linear_call: _linear_call_transpose,
+        custom: _custom_transpose,
+    }
+)
+__all__ = ["differentiate", "transposed"]
