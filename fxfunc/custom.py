@@ -20,7 +20,7 @@ from fxfunc.passes.infer import forget
 from fxfunc.passes.record import Builder
 from fxfunc.passes.rules import ROWS, Row
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import Recorder, Tracer, current, tracked, val_of
+from fxfunc.passes.trace import OF_LIBRARY, Recorder, Tracer, current, tracked, val_of
 
 _lock = threading.Lock()
 _depth = 0
@@ -37,7 +37,7 @@ def hooks():
     global _depth
     with _lock:
         _depth += 1
-        torch._C._are_functorch_transforms_active = lambda: current() is not None or _torch_active()
+        torch._C._are_functorch_transforms_active = lambda: _in_user_code() or _torch_active()
         torch.autograd.function.custom_function_call = _dispatch
     try:
         yield
@@ -49,13 +49,40 @@ def hooks():
                 torch.autograd.function.custom_function_call = _torch_call
 
 
+def _in_user_code() -> bool:
+    return current() is not None and current().user_code
+
+
 def _dispatch(function: type[Function], *args, **kwargs):
-    return _torch_call(function, *args, **kwargs) if current() is None else _call(function, args, kwargs)
+    return _call(function, args, kwargs) if _in_user_code() else _torch_call(function, *args, **kwargs)
 
 
-def _call(function: type[Function], args, kwargs):
+def _registered(op):
+    """The handler of an op that torch.library.custom_op gave an autograd formula."""
+    definition = torch._library.custom_ops.OPDEFS.get(op._schema.name)
+    if definition is None or definition._backward_fn is None:
+        return None
+
+    class Registered(Function):
+        forward = staticmethod(op)
+        backward = staticmethod(definition._backward_fn)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            if definition._setup_context_fn is not None:
+                definition._setup_context_fn(ctx=ctx, inputs=inputs, output=output)
+
+    Registered.__name__ = str(op)
+    return lambda recorder, op, *args, **kwargs: _call(Registered, args, kwargs, opaque=op)
+
+
+OF_LIBRARY.append(_registered)
+
+
+def _call(function: type[Function], args, kwargs, opaque=None):
     """Record a call as a `custom` node, and return its outputs."""
     outer, forward, ctx = current(), Recorder(), FunctionCtx()
+    forward.opaque = opaque
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     with forward:

@@ -77,13 +77,14 @@ def current() -> Recorder | None:
 class Recorder(TorchDispatchMode):
     """Records every ATen call made while it is entered."""
 
-    def __init__(self, keeps_sources: bool = True):
+    def __init__(self, user_code: bool = True):
         super().__init__()
         self.builder = Builder(None)
         self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
         self.mutates = False
         self.randomness: str | None = None  # that of the vmap this capture is the body of
-        self.keeps_sources = keeps_sources
+        self.user_code = user_code
+        self.opaque = None  # a library's op that is recorded as it is
         self.functions = _Functions()
         self.results: list[Tracer | None] = []  # of the last call that had several
 
@@ -117,7 +118,7 @@ class Recorder(TorchDispatchMode):
 
     def emit(self, op, args, kwargs=None, tracks: bool = False):
         """Record a call on Values; the results as tracers."""
-        self.builder.source = errors.user_line() if self.keeps_sources else None
+        self.builder.source = errors.user_line() if self.user_code else None
         out = self.builder.emit(op, args, kwargs or {})
         self._mark(out)
         return self.wrap(out, tracks)
@@ -147,9 +148,15 @@ class Recorder(TorchDispatchMode):
         return [None if o is None else Tracer(self, o, tracks) for o in outs]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():
-            handler = DISPATCH.get(func, Recorder._record)
+        if (handler := self._of_library(func)) is not None:
             return handler(self, func, *args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return DISPATCH.get(func, Recorder._record)(self, func, *args, **(kwargs or {}))
+
+    def _of_library(self, func):
+        """What records an op with a derivative of its own, unless it is being asked for its plain call."""
+        wanted = self.user_code and func.namespace != "aten" and func is not self.opaque
+        return next((h for find in OF_LIBRARY if (h := find(func))), None) if wanted else None
 
     def _record(self, func, *args, **kwargs):
         if torch.Tag.inplace_view in func.tags:
@@ -306,6 +313,8 @@ def _linalg_check(recorder, func, info, api_name, *, is_matrix):
             t.value = failed.reshape(shape).where(math.nan, t.value)
 
 
+# Functions from an op of a library to its handler, or None; fxfunc/custom.py adds one.
+OF_LIBRARY: list = []
 DISPATCH = {
     aten._linalg_check_errors.default: _linalg_check,
     aten._embedding_bag_forward_only.default: lambda recorder, func, *args: recorder._record(
@@ -400,7 +409,7 @@ FUNCTIONS = {
 
 def trace_torch(function, args, kwargs) -> Graph:
     """A torch function as a graph, one input per Val among its arguments; the caller's modes are neutralised."""
-    recorder = Recorder(keeps_sources=False)
+    recorder = Recorder(user_code=False)
 
     def bind(x):
         if isinstance(x, Val):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from ..errors import MissingRule
 from ..graph import Val
 
 
@@ -82,7 +83,18 @@ def bilinear(op, transpose_a, transpose_b, *, batch) -> None:
         lambda t, y, a, b, *args, **kwargs: t.call(op, b, *args, **kwargs),
         lambda t, y, a, b, *args, **kwargs: t.builder.emit(op, (a, t, *args), kwargs),
     )
-    _add(op, Row(jvp, (transpose_a, transpose_b), batch))
+    _add(op, Row(jvp, (_linear_alone(op, transpose_a, 1), _linear_alone(op, transpose_b, 0)), batch))
+
+
+def _linear_alone(op, transpose, other: int):
+    """A transpose that refuses a call with two linear arguments, which is not linear."""
+
+    def checked(ct, *args, **kwargs):
+        if isinstance(args[other], Undefined):
+            raise MissingRule(op=op, rule="transpose (both arguments at once)")
+        return transpose(ct, *args, **kwargs)
+
+    return checked
 
 
 def zero(op, *, batch) -> None:

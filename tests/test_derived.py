@@ -1,0 +1,149 @@
+"""The derived tier (SEMANTICS 11): PyTorch's own formula for one op, against finite differences and torch.func."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from rule_harness import error
+from torch.autograd import gradcheck, gradgradcheck
+
+import fxfunc
+from fxfunc.passes.graph import Op
+from fxfunc.passes.rules import ROWS
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+aten = torch.ops.aten
+
+
+def draw(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def square(seed=0) -> torch.Tensor:
+    """A matrix that is far from singular."""
+    return draw(3, 3, seed=seed) + 3 * torch.eye(3, dtype=torch.float64)
+
+
+def spd() -> torch.Tensor:
+    return square() @ square().mT
+
+
+# name -> (function, arguments, whether torch has a second derivative)
+CASES = {
+    "solve": (torch.linalg.solve, (square(), draw(3, 2)), True),
+    "solve_transposed": (lambda a, b: torch.linalg.solve(a.mT, b), (square(), draw(3, 2)), True),
+    "inv": (torch.linalg.inv, (square(),), True),
+    "det": (torch.linalg.det, (square(),), True),
+    "det_transposed": (lambda a: torch.linalg.det(a.mT), (square(),), True),
+    "logdet": (lambda a: torch.linalg.slogdet(a)[1], (square(),), True),
+    "cholesky": (lambda a: torch.linalg.cholesky(a @ a.mT), (square(),), True),
+    "eigh": (lambda a: torch.linalg.eigh(a + a.mT)[0], (square(),), True),
+    "svdvals": (torch.linalg.svdvals, (square(),), True),
+    "qr": (lambda a: torch.linalg.qr(a)[1].diagonal().abs(), (square(),), True),
+    "triangular": (
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=True),
+        (square(), draw(3, 2)),
+        True,
+    ),
+    "matrix_exp": (torch.matrix_exp, (draw(3, 3),), True),
+    "erfinv": (torch.erfinv, (draw(4).tanh() / 2,), True),
+    "i0": (torch.special.i0, (draw(4),), True),
+    "fft": (lambda a: torch.view_as_real(torch.fft.fft(a)), (draw(5),), True),
+    "rfft": (lambda a: torch.fft.rfft(a).abs(), (draw(6),), True),
+    "grid_sample": (
+        lambda a, g: torch.nn.functional.grid_sample(a, g.tanh(), align_corners=False),
+        (draw(1, 2, 3, 3), draw(1, 2, 2, 2)),
+        False,
+    ),
+    "cdist": (torch.cdist, (draw(3, 2), draw(4, 2)), False),
+    "renorm": (lambda a: torch.renorm(a, 2, 0, 1.0), (draw(3, 2),), True),
+}
+
+
+def native(f, args) -> bool:
+    """True if every op of a function has a row, which would leave nothing to derive."""
+    graph = fxfunc.make_graph(f)(*args)
+    return all(
+        isinstance(n.target, Op) or n.target in ROWS or "getitem" in str(n.target) for n in graph.nodes
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_semantics_11_first_derivative_by_finite_differences(name):
+    f, args, _ = CASES[name]
+    if name != "renorm":
+        assert not native(f, args), "no derived rule is tested by this case"
+    assert gradcheck(fxfunc.jit(f), [a.clone().requires_grad_() for a in args])
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[2]])
+def test_semantics_11_second_derivative_by_finite_differences(name):
+    f, args, _ = CASES[name]
+    assert gradgradcheck(fxfunc.jit(f), [a.clone().requires_grad_() for a in args])
+
+
+def programs(T, f, args, twice: bool):
+    """The transforms of one function, alone and nested."""
+    ts = tuple(draw(*a.shape, seed=7 + i) for i, a in enumerate(args))
+    out = f(*args)
+    ct = draw(*out.shape, seed=5)
+    pull = lambda xs, ct: T.vjp(f, *xs)[1](ct)
+    stacked = tuple(torch.stack([a, a * 0.9]) for a in args)
+    yield "vjp", lambda: pull(args, ct)
+    yield "vmap", lambda: T.vmap(f)(*stacked)
+    yield "vmap_vjp", lambda: T.vmap(lambda *xs: pull(xs, ct))(*stacked)
+    if twice:
+        yield "jvp", lambda: T.jvp(f, args, ts)[1]
+        yield "jvp_vjp", lambda: T.jvp(pull, (args, ct), (ts, ct))[1]
+        yield "vjp_vjp", lambda: T.vjp(pull, args, ct)[1](ts if len(ts) > 1 else (ts[0],))
+        yield "vjp_jvp", lambda: T.vjp(lambda *ts: T.jvp(f, args, ts)[1], *ts)[1](ct)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_semantics_11_agrees_with_torch_func(name):
+    f, args, twice = CASES[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fxfunc")
+        for (use, ours), (_, theirs) in zip(
+            programs(fxfunc, f, args, twice), programs(torch.func, f, args, twice), strict=True
+        ):
+            pairs = zip(*map(torch.utils._pytree.tree_leaves, (ours(), theirs())), strict=True)
+            assert max(error(a, b) for a, b in pairs) <= 1e-10, use
+
+
+@pytest.mark.parametrize("name", ["solve", "det", "erfinv", "fft", "grid_sample", "svdvals"])
+def test_semantics_11_forward_and_reverse_are_one_linear_map(name):
+    """<ct, J t> = <J* ct, t>, also where torch has the reverse formula alone."""
+    f, args, _ = CASES[name]
+    ts = tuple(draw(*a.shape, seed=7 + i) for i, a in enumerate(args))
+    out, pull = fxfunc.vjp(f, *args)
+    ct = draw(*out.shape, seed=5)
+    pulled = pull(ct)
+    pulled = pulled if isinstance(pulled, tuple) else (pulled,)
+    left = (ct * fxfunc.jvp(f, args, ts)[1]).sum()
+    assert error(left, sum((g * t).sum() for g, t in zip(pulled, ts, strict=True))) <= 1e-10
+
+
+def test_semantics_11_second_order_without_a_formula_raises():
+    """cdist has a first derivative only: the second is refused by name, never zero."""
+    f, args, _ = CASES["cdist"]
+    with pytest.raises(fxfunc.errors.MissingRule, match=r"_cdist_backward.*test_derived.py"):
+        fxfunc.grad(lambda a: fxfunc.grad(lambda b: f(b, args[1]).sum())(a).sum())(args[0])
+
+
+def test_failed_factorisations_are_nan_where_torch_raises():
+    bad = torch.stack([spd(), -spd()])
+    found = fxfunc.vmap(torch.linalg.cholesky)(bad)
+    assert error(found[0], torch.linalg.cholesky(spd())) <= 1e-12
+    assert found[1].isnan().all()
+    assert fxfunc.jit(torch.linalg.inv)(torch.zeros(3, 3)).isnan().all()
+
+
+@pytest.mark.parametrize("op", ["erf_inv", "bessel_i0"])
+def test_prims_have_no_derivative_rather_than_a_zero_one(op):
+    f = lambda a: getattr(torch.ops.prims, op).default(a).sum()
+    for transform in (fxfunc.grad(f), lambda a: fxfunc.jvp(f, (a,), (a,))):
+        with pytest.raises(fxfunc.errors.MissingRule, match="prims"):
+            transform(draw(3).tanh())
