@@ -46,7 +46,7 @@ def _argnums(transform: str, argnums, count: int) -> tuple[int, ...]:
 class _Call:
     """One call of a transformed function: its arguments flat, and which tensor leaves are differentiated."""
 
-    def __init__(self, transform: str, function, args, kwargs, argnums):
+    def __init__(self, transform: str, function, args, kwargs, argnums, *, reverse: bool = True):
         self.transform = transform
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         check_tensors(transform, self.leaves)
@@ -61,7 +61,7 @@ class _Call:
         self.marked = tuple(m for m, x in zip(marked, self.leaves, strict=True) if is_tensor(x))
         self._check()
         self.captured: Captured = capture(
-            function, self.leaves, self.spec, vals_of(self.leaves), tracks=self.marked
+            function, self.leaves, self.spec, vals_of(self.leaves), tracks=self.marked if reverse else ()
         )
         self.graph = self.captured.graph
         self.nonzero = self.marked + (False,) * len(self.captured.captures)
@@ -298,7 +298,7 @@ def _tangent_val(val: Val) -> Val:
 def _primal_call(transform: str, f, primals) -> _Call:
     if not isinstance(primals, tuple) or not primals:
         raise errors.NoTensorInputs(transform=transform, what="primals: expected a non-empty tuple")
-    return _Call(transform, f, primals, {}, tuple(range(len(primals))))
+    return _Call(transform, f, primals, {}, tuple(range(len(primals))), reverse=False)
 
 
 @entry
@@ -442,7 +442,7 @@ def _column(t, out, val: Val):
 
 
 def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs):
-    call = _Call(transform, f, args, kwargs, argnums)
+    call = _Call(transform, f, args, kwargs, argnums, reverse=transform == "jacrev")
     count, split = _split_aux(transform, call.captured, has_aux)
     _check_outputs(transform, call.captured, count)
     results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)

@@ -105,7 +105,10 @@ class _Walk:
         self.seen[n] = self._version(base)
 
     def _version(self, n: Node) -> int:
-        return self._version(self.views[n].base) if n in self.views else self.version.get(n, 0)
+        return self.version.get(self._base(n), 0)
+
+    def _base(self, n: Node) -> Node:
+        return self._base(self.views[n].base) if n in self.views else n
 
     def read(self, n: Node, grad: bool) -> Value:
         """The present value of a recorded one, as code in this grad mode sees it."""
@@ -133,7 +136,7 @@ class _Walk:
                 value = value.to(old.dtype)
             if value.shape != old.shape:
                 value = value.expand(old.shape)
-            if not grad and target not in self.no_grad:
+            if not grad and self._base(target) not in self.no_grad:
                 value = self.b.emit(graft, (value, old))
             self._store(target, value, n)
         self.env[n] = (

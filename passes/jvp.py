@@ -144,8 +144,8 @@ def zeros(like) -> Value:
 
 
 def _stop_reverse(jvp: Jvp, args, kwargs):
-    y = jvp.b.emit(stop_reverse, (args[0].p,))
-    return Dual(y, None if jvp.reverse else args[0].t)
+    """A tangent that passes was made under no_grad too: reverse mode around this one stops there."""
+    return Dual(_stopped(jvp, args[0].p), None if jvp.reverse else _stopped(jvp, args[0].t))
 
 
 def _stop_gradient(jvp: Jvp, args, kwargs):
@@ -154,7 +154,16 @@ def _stop_gradient(jvp: Jvp, args, kwargs):
 
 def _graft(jvp: Jvp, args, kwargs):
     new, old = args
-    return Dual(jvp.b.emit(graft, (new.p, old.p)), old.t if jvp.reverse else new.t)
+    y = jvp.b.emit(graft, (new.p, old.p))
+    if jvp.reverse:
+        return Dual(y, old.t)
+    if old.t is None:
+        return Dual(y, _stopped(jvp, new.t))
+    return Dual(y, jvp.b.emit(graft, (instantiate(new.t, new.p), old.t)))
+
+
+def _stopped(jvp: Jvp, t: Value | None) -> Value | None:
+    return None if t is None else jvp.b.emit(stop_reverse, (t,))
 
 
 # Ops whose tangent rule needs the engine; regions add theirs in rules/region.py.
