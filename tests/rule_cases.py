@@ -509,6 +509,81 @@ case(
 )
 
 
+# ----- rows that only some spellings reach ----------------------------------------------------------------------------
+case("sub_scalar", lambda a: torch.ops.aten.sub.Scalar(a, 2.0), lambda s: (s(3, s.n),))
+case("fmod_scalar", lambda a: torch.fmod(a, 0.7), lambda s: (s(3, s.n),))
+case(
+    "div_floor",
+    lambda a, b: torch.div(a, b, rounding_mode="floor") * a,
+    lambda s: (s(s.n), s.pos(s.n)),
+    reference=lambda a, b: (a / b).floor() * a,
+)
+case(
+    "index_fill_tensor",
+    lambda a, i, v: a.index_fill(1, i, v),
+    lambda s: (s(2, s.n), s.ints(s.n, 2), s()),
+    skip="vmap vmap_vjp",
+)
+case(
+    "masked_scatter",
+    lambda a, m, b: a.masked_scatter(m, b),
+    lambda s: (s(3, s.n), s.bools(3, s.n), s(3, s.n)),
+    reference=lambda a, m, b: _masked_scatter(a, m, b),
+)
+case(
+    "put",
+    lambda a, i, b: a.put(i, b, accumulate=True),
+    lambda s: (s(2, s.n), s.ints(2 * s.n, 3), s(3)),
+    reference=lambda a, i, b: a.reshape(-1).index_put((i,), b, True).reshape(a.shape),
+)
+case("argsort_stable", lambda a: a.argsort(dim=1, stable=True), lambda s: (s.distinct(3, s.n),))
+case(
+    "bucketize",
+    lambda a: torch.bucketize(a, torch.tensor([-1.0, 0.0, 1.0], dtype=a.dtype)),
+    lambda s: (s(s.n),),
+)
+case(
+    "searchsorted_own",
+    lambda a, b: torch.searchsorted(a, b),
+    lambda s: (s.distinct(2, s.n).sort(1)[0], s(2, 2)),
+)
+case(
+    "norm_scalar",
+    lambda a: torch.ops.aten.norm.Scalar(a, 3.0),
+    lambda s: (s(3, s.n),),
+    reference=lambda a: torch.linalg.vector_norm(a, 3.0),
+)
+case(
+    "unsafe_index",
+    lambda a, i: aten._unsafe_index.Tensor(a, [None, i]),
+    lambda s: (s(2, s.n), s.ints(s.n, 3)),
+    reference=lambda a, i: a[:, i],
+)
+case(
+    "unsafe_index_put",
+    lambda a, i, b: aten._unsafe_index_put.default(a, [i], b, True),
+    lambda s: (s(s.n, 2), s.ints(s.n, 4), s(4, 2)),
+    reference=lambda a, i, b: a.index_put((i,), b, True),
+)
+case("max_pool3d", lambda a: F.max_pool3d(a, 2), lambda s: (s.distinct(1, 2, s.n, 4, 3),))
+case("adaptive_max_pool3d", lambda a: F.adaptive_max_pool3d(a, 2), lambda s: (s.distinct(1, 2, s.n, 4, 3),))
+case("avg_pool3d", lambda a: F.avg_pool3d(a, 2), lambda s: (s(1, 2, s.n, 4, 3),))
+case("adaptive_avg_pool3d", lambda a: F.adaptive_avg_pool3d(a, (2, 1, 2)), lambda s: (s(1, 2, s.n, 4, 3),))
+case("interpolate_nearest1d", lambda a: F.interpolate(a, size=5), lambda s: (s(2, 2, s.n),))
+case("interpolate_nearest3d", lambda a: F.interpolate(a, size=(4, 3, 5)), lambda s: (s(1, 2, s.n, 2, 3),))
+case(
+    "interpolate_trilinear",
+    lambda a: F.interpolate(a, size=(4, 3, 5), mode="trilinear"),
+    lambda s: (s(1, 2, s.n, 2, 3),),
+)
+case(
+    "batch_norm_running",
+    lambda a, w, b, m: F.batch_norm(a, m + 0.0, m * m, w, b, training=True),
+    lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
+    reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
+)
+
+
 def s_n(a) -> int:
     """The size of a case, read off its first argument."""
     return a.shape[0]
@@ -555,3 +630,8 @@ def _weighted_cross_entropy(a, t, w, smoothing, ignored):
 def _attention(q, k, v):
     scores = q @ k.mT / q.shape[-1] ** 0.5
     return scores.masked_fill(torch.ones_like(scores).tril().logical_not(), -torch.inf).softmax(-1) @ v
+
+
+def _masked_scatter(a, m, b):
+    rank = m.reshape(-1).to(torch.int64).cumsum(0) - 1
+    return torch.where(m, b.reshape(-1)[rank.clamp_min(0)].reshape(a.shape), a)

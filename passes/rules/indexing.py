@@ -348,6 +348,5 @@ rule(
 rule(aten.cummax.default, jvp=[lambda t, y, a, dim: _taken(t, y, a, dim)], batch=along("dim"))
 rule(aten.cummin.default, jvp=[lambda t, y, a, dim: _taken(t, y, a, dim)], batch=along("dim"))
 zero(aten.argsort.default, batch=along("dim"))
-zero(aten.argsort.stable, batch=along("dim"))
 zero(aten.bucketize.Tensor, batch=None)
 zero(aten.searchsorted.Tensor, batch=None)

@@ -30,13 +30,11 @@ rule(
 )
 linear(aten.neg.default, lambda ct, a: -ct, batch=pointwise)
 linear(aten._conj_physical.default, lambda ct, a: ct.conj(), batch=pointwise)
-linear(aten._conj.default, lambda ct, a: ct.conj(), batch=pointwise)
 linear(aten._to_copy.default, lambda ct, a, **kwargs: ct, batch=pointwise)
 composite(aten.add.Scalar, lambda a, b, alpha=1: a + b * alpha)
 composite(aten.sub.Scalar, lambda a, b, alpha=1: a - b * alpha)
 composite(aten.mul.Scalar, lambda a, b: a * b)
 composite(aten.div.Scalar, lambda a, b: a / b)
-composite(aten.square.default, lambda a: a * a)
 composite(aten.addcmul.default, lambda a, b, c, value=1: a + b * c * value)
 composite(aten.addcdiv.default, lambda a, b, c, value=1: a + b / c * value)
 composite(aten.lerp.Scalar, lambda a, b, weight: a + (b - a) * weight)
@@ -55,6 +53,12 @@ elementwise(
 def _conj(x):
     """The conjugate of a Value or number."""
     return x.conjugate() if isinstance(x, complex) else x.conj() if hasattr(x, "conj") else x
+
+
+def ratio(a, b):
+    """a / b, and 0 with all its derivatives where b is 0: a choice after the division would leave 0 / 0 in reverse mode."""
+    none = b.eq(0)
+    return none.where(0.0, a / none.where(1.0, b))
 
 
 # ----- powers, exponentials, logarithms -------------------------------------------------------------------------------
@@ -109,8 +113,8 @@ elementwise(aten.acosh.default, lambda t, y, a: t * ((a - 1).rsqrt() * (a + 1).r
 elementwise(aten.atanh.default, lambda t, y, a: t / (1 - a * a))
 elementwise(
     aten.atan2.default,
-    lambda t, y, a, b: t * (b / (a * a + b * b)),
-    lambda t, y, a, b: t * (-a / (a * a + b * b)),
+    lambda t, y, a, b: t * ratio(b, a * a + b * b),
+    lambda t, y, a, b: t * ratio(-a, a * a + b * b),
 )
 elementwise(aten.hypot.default, lambda t, y, a, b: t * (a / y), lambda t, y, a, b: t * (b / y))
 elementwise(aten.erf.default, lambda t, y, a: t * ((-a * a).exp() * (2 / math.sqrt(math.pi))))
@@ -136,7 +140,8 @@ elementwise(aten.hardsigmoid.default, lambda t, y, a: (a.gt(-3) & a.lt(3)).where
 
 
 def _elu(t, y, a, alpha=1.0, scale=1.0, input_scale=1.0):
-    return a.gt(0).where(t * scale, t * ((a * input_scale).exp() * (alpha * scale * input_scale)))
+    below = a.lt(0).where(a * input_scale, 0.0)  # exp of a large one would overflow, and torch's second derivative is 0 at 0
+    return a.gt(0).where(t * scale, t * (below.exp() * (alpha * scale * input_scale)))
 
 
 elementwise(aten.elu.default, _elu)
@@ -210,6 +215,12 @@ def _inside(a, lo, hi):
 
 
 elementwise(aten.clamp.default, lambda t, y, a, lo=None, hi=None: _inside(a, lo, hi).where(t, 0.0))
+elementwise(
+    aten.clamp.Tensor,
+    lambda t, y, a, lo=None, hi=None: _inside(a, lo, hi).where(t, 0.0),
+    lambda t, y, a, lo, hi=None: (a.lt(lo) if hi is None else a.lt(lo) & lo.lt(hi)).where(t, 0.0),
+    lambda t, y, a, lo, hi: (a.gt(hi) if lo is None else a.gt(hi) | lo.gt(hi)).where(t, 0.0),
+)
 elementwise(aten.clamp_min.default, lambda t, y, a, lo: a.ge(lo).where(t, 0.0))
 elementwise(aten.clamp_max.default, lambda t, y, a, hi: a.le(hi).where(t, 0.0))
 elementwise(
@@ -252,7 +263,7 @@ def _sgn(t, y, a):
         return None
     size = a.abs()
     along = (t * y.conj()).to(size.dtype)
-    return size.eq(0).where(0.0, (t - y * along) / size)
+    return ratio(t - y * along, size)
 
 
 def _angle(t, y, a):
@@ -260,7 +271,7 @@ def _angle(t, y, a):
     if not a.dtype.is_complex:
         return None
     size = a.abs()
-    return size.eq(0).where(0.0, (t * (a.conj() * -1j)).to(y.dtype) / (size * size))
+    return ratio((t * (a.conj() * -1j)).to(y.dtype), size * size)
 
 
 elementwise(aten.sgn.default, _sgn)
