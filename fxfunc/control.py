@@ -7,7 +7,7 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import from_torch
-from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.graph import Graph, Val, extract
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.record import Builder
 from fxfunc.passes.regions import emit_scan
@@ -27,19 +27,20 @@ def scan(f, init, xs=None, length: int | None = None, reverse: bool = False):
     Raises StructureMismatch (carry changes, lengths differ), ValueDependent. One capture, no unrolling.
     """
     carry, carry_spec = pytree.tree_flatten(init)
-    carry = [c if is_tensor(c) else torch.tensor(c) for c in carry]
+    carry = [c if c is None or is_tensor(c) else torch.tensor(c) for c in carry]
     xs_leaves, xs_spec = pytree.tree_flatten(xs)
     check_tensors("scan", [*carry, *xs_leaves])
     length = _length([x for x in xs_leaves if is_tensor(x)], length)
-    vals = [val_of(c) for c in carry] + [_item(val_of(x)) for x in xs_leaves if is_tensor(x)]
+    carry_vals = [None if c is None else val_of(c) for c in carry]
+    vals = [v for v in carry_vals if v is not None]
+    n_carry = len(vals)
+    vals += [_item(val_of(x)) for x in xs_leaves if is_tensor(x)]
     leaves, spec = pytree.tree_flatten(((pytree.tree_unflatten(carry, carry_spec), xs), {}))
     tensors = [x for x in [*carry, *xs_leaves] if is_tensor(x)]
     captured = capture(f, leaves, spec, vals, tracks=[tracked(t) for t in tensors])
-    ys_spec = _checked_body(captured, carry_spec, vals[: len(carry)])
-    graph = _scan_graph(captured.graph, len(carry), len(vals), length, reverse)
-    results = execute(graph, [*tensors, *captured.captures])
-    ys = pytree.tree_unflatten(results[len(carry) :], ys_spec)
-    return pytree.tree_unflatten(results[: len(carry)], carry_spec), ys
+    _check_body(captured, carry_spec, carry_vals)
+    graph = _scan_graph(captured.graph, n_carry, len(vals), length, reverse)
+    return captured.outputs(execute(graph, [*tensors, *captured.captures]))
 
 
 @entry
@@ -71,8 +72,8 @@ def _length(xs, length):
     return sizes.pop()
 
 
-def _checked_body(captured, carry_spec, vals):
-    """The structure of y, after checking that the body keeps its carry."""
+def _check_body(captured, carry_spec, vals) -> None:
+    """Refuse a body that does not keep its carry, or returns a y that cannot be stacked."""
     out = captured.outputs(list(captured.graph.outputs))
     if not (isinstance(out, tuple) and len(out) == 2):
         raise errors.StructureMismatch(
@@ -85,12 +86,10 @@ def _checked_body(captured, carry_spec, vals):
             what=f"scan: the body turns a carry of {_text(vals)} into {_text(got)}",
             expected="a carry that stays as it is",
         )
-    ys, ys_spec = pytree.tree_flatten(out[1])
-    if not all(isinstance(y, torch.fx.Node) for y in ys):
+    if not all(y is None or isinstance(y, torch.fx.Node) for y in pytree.tree_leaves(out[1])):
         raise errors.StructureMismatch(
             what="scan: the body returns a y that is not made of tensors", expected="tensors or None"
         )
-    return ys_spec
 
 
 def _text(vals) -> str:
@@ -100,8 +99,6 @@ def _text(vals) -> str:
 @rewriting
 def _scan_graph(body: Graph, n_carry: int, n_args: int, length, reverse: bool) -> Graph:
     """carry + xs + captures -> carry + ys."""
-    from fxfunc.passes.graph import extract
-
     b = Builder(SIMPLIFY)
     vals = body.in_vals
     stacked = [Val((length, *v.shape), v.dtype, v.device) for v in vals[n_carry:n_args]]
@@ -109,7 +106,7 @@ def _scan_graph(body: Graph, n_carry: int, n_args: int, length, reverse: bool) -
         b.input(v, n.name)
         for v, n in zip([*vals[:n_carry], *stacked, *vals[n_args:]], body.inputs, strict=True)
     ]
-    ordered = extract([*body.inputs[n_args:], *body.inputs[:n_args]], list(body.outputs))
+    ordered = extract([*body.inputs[n_args:], *body.inputs[:n_args]], list(body.outputs), body.draws)
     return b.finish(
         emit_scan(b, ordered, inputs[n_args:], inputs[:n_carry], inputs[n_carry:n_args], length, reverse)
     )

@@ -40,7 +40,7 @@ class Batch:
 
     def call(self, op, args, kwargs):
         """The Mapped (or Value, or tuple of them) of a call."""
-        draws = is_random(op)
+        draws = is_random(op, args)
         if not draws and not any(True for _ in mapped_in([args, list(kwargs.values())])):
             return self.b.emit(op, args, kwargs)
         if op in SPECIAL:
@@ -100,7 +100,7 @@ class Batch:
         if x is None:
             return None
         return (
-            Mapped(x, val)
+            Mapped(x.to(val.dtype), val)
             if isinstance(val, Val)
             else tuple(self.wrap(y, v) for y, v in zip(x, val, strict=True))
         )

@@ -142,6 +142,11 @@ class Graph:
         return tuple(n for n in self.fx.nodes if n.op == "call_function")
 
     @cached_property
+    def draws(self) -> tuple[Node, ...]:
+        """The calls that draw random numbers."""
+        return tuple(n for n in self.nodes if is_random(n))
+
+    @cached_property
     def key(self) -> tuple:
         """Equal for graphs of the same structure, whatever their node names: typed calls over numbered values."""
         number = {n: i for i, n in enumerate(self.inputs)}
@@ -172,6 +177,9 @@ class Graph:
 
     def __len__(self) -> int:
         return sum(1 + sum(len(g) for g in subgraphs(n)) for n in self.nodes)
+
+    def __bool__(self) -> bool:
+        return True  # also without calls
 
     @property
     def in_vals(self) -> list[Val]:
@@ -217,12 +225,13 @@ def subgraphs(node: Node) -> Iterator[Graph]:
                 yield x
 
 
-def is_random(node_or_op) -> bool:
-    """True for calls that draw random numbers: never merged, recomputed, reordered or dropped."""
-    target = getattr(node_or_op, "target", node_or_op)
-    if isinstance(target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in target.tags
-    return isinstance(node_or_op, Node) and any(is_random(n) for g in subgraphs(node_or_op) for n in g.nodes)
+def is_random(node_or_op, args=()) -> bool:
+    """True for calls that draw random numbers: never merged, recomputed, reordered or dropped. A region draws if a body does."""
+    if isinstance(node_or_op, Node):
+        return is_random(node_or_op.target, node_or_op.args)
+    if isinstance(node_or_op, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node_or_op.tags
+    return isinstance(node_or_op, Op) and any(isinstance(x, Graph) and x.draws for x in args)
 
 
 def substitute(x, of_node):
@@ -256,14 +265,14 @@ def cone(outputs, bound) -> list[Node]:
     return sorted(seen)
 
 
-def extract(inputs: list[Node], outputs: list[Node | None]) -> Graph:
-    """The part of a graph that computes `outputs` from `inputs` (and from nothing), as a graph of its own."""
+def extract(inputs: list[Node], outputs: list[Node | None], keep=()) -> Graph:
+    """The part of a graph that computes `outputs` from `inputs` (and from nothing) as a graph; the calls `keep` stay in it."""
     fx = torch.fx.Graph()
     env: dict[Node, Node] = {}
     for n in inputs:
         env[n] = fx.create_node("placeholder", n.name, (), {}, n.name)
         env[n].meta = {"val": n.meta["val"]}
-    for n in cone(outputs, env.keys()):
+    for n in cone([*outputs, *keep], env.keys()):
         kwargs = {k: substitute(v, env.__getitem__) for k, v in n.kwargs.items()}
         env[n] = fx.create_node(n.op, n.target, substitute(n.args, env.__getitem__), kwargs, n.name)
         env[n].meta = n.meta

@@ -224,7 +224,7 @@ class Builder:
         val = infer(op, vals(args), {k: vals(v) for k, v in kwargs.items()} if kwargs else {})
         args, kwargs = _nodes(args), {k: _nodes(v) for k, v in kwargs.items()} if kwargs else {}
         key = None
-        if self.rewrites is not None and not is_random(op):
+        if self.rewrites is not None and not is_random(op, args):
             key = (op, typed(args, _itself), typed(kwargs, _itself) if kwargs else ())
             if (found := self.shared.get(key)) is not None:
                 return found

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from . import errors
 from .dims import Size
-from .graph import Graph, cone, extract, is_random, map_, reached, scan
+from .graph import Graph, cone, extract, map_, reached, scan
 from .record import Builder, Value, aten
 
 
@@ -19,15 +19,16 @@ def emit_map(
 ) -> list[Value]:
     """The results of mapping a body, in order."""
     starts = [n for n, m in zip(body.inputs, mapped, strict=True) if m]
-    varying = _varying(body, starts, randomness == "different")
-    outside = _invariants(b, body, operands, varying)
-    inside = [i for i, n in enumerate(body.outputs) if n in varying]
-    if any(outs[i] == "once" for i in inside):
+    varying = varying_in(body, starts)
+    given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
+    if any(n in varying and kind == "once" for n, kind in zip(body.outputs, outs, strict=True)):
         raise errors.BadOutDims(what="out_dims is None for an output that depends on a mapped input")
+    inside = [
+        i for i, n in enumerate(body.outputs) if n in varying and not (n in starts and outs[i] == "stack")
+    ]
     values = {}
-    if inside:
+    if inside or body.draws:
         inner, inputs = _inner(body, varying, starts, [body.outputs[i] for i in inside])
-        given = dict(zip(body.inputs, operands, strict=True)) | outside
         flags = tuple(n in varying for n in inputs)
         values = b.emit(
             map_,
@@ -40,10 +41,10 @@ def emit_map(
             },
         )
         values = dict(zip(inside, values, strict=True))
-    for i, n in enumerate(body.outputs):
-        if n not in varying:
-            values[i] = _repeated(outside[n], outs[i], length)
-    return [values[i] for i in range(len(outs))]
+    return [
+        values[i] if i in values else given[n] if n in starts else _repeated(given[n], outs[i], length)
+        for i, n in enumerate(body.outputs)
+    ]
 
 
 def _repeated(value: Value, kind: str, length: Size) -> Value:
@@ -53,30 +54,37 @@ def _repeated(value: Value, kind: str, length: Size) -> Value:
     return value.expand([length, *value.shape]) if kind == "stack" else value.call(aten.mul.Tensor, length)
 
 
-def emit_scan(b: Builder, body: Graph, consts, carry, xs, length: Size, reverse: bool = False) -> list[Value]:
-    """The results of a scan: carry, then stacked ys."""
+def emit_scan(
+    b: Builder, body: Graph, consts, carry, xs, length: Size, reverse: bool = False, once=()
+) -> list[Value]:
+    """The results of a scan: carry, then ys: stacked, or as they are for the outputs `once`, which do not vary."""
     n, m = len(consts), len(carry)
-    varying = _varying(body, body.inputs[n:], True)
-    outside = _invariants(b, body, [*consts, *carry, *xs], varying)
-    inside = [i for i, out in enumerate(body.outputs) if i < m or out in varying]
+    steps = body.inputs[n + m :]
+    varying = varying_in(body, body.inputs[n:])
+    operands = [*consts, *carry, *xs]
+    given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
+    inside = [i for i, out in enumerate(body.outputs) if i < m or (out in varying and out not in steps)]
     outputs = [body.outputs[i] for i in inside]
-    inner, inputs = _inner(body, varying, body.inputs[n + m :], outputs, always=body.inputs[n : n + m])
-    given = dict(zip(body.inputs, [*consts, *carry, *xs], strict=True)) | outside
+    inner, inputs = _inner(body, varying, steps, outputs, always=body.inputs[n : n + m])
     split = [
         [given[i] for i in inputs if i not in varying],
         carry,
-        [given[i] for i in inputs if i in body.inputs[n + m :]],
+        [given[i] for i in inputs if i in steps],
     ]
     values = iter(b.emit(scan, (inner, *map(tuple, split)), {"length": length, "reverse": reverse}))
     return [
-        next(values) if i in inside else _repeated(outside[out], "stack", length)
+        next(values)
+        if i in inside
+        else given[out]
+        if out in steps
+        else _repeated(given[out], "once" if i in once else "stack", length)
         for i, out in enumerate(body.outputs)
     ]
 
 
-def _varying(body: Graph, starts, random_varies: bool) -> set[Node]:
-    draws = [n for n in body.nodes if is_random(n)] if random_varies else []
-    return reached(body.nodes, [*starts, *draws])
+def varying_in(body: Graph, starts) -> set[Node]:
+    """What differs from one step or example to another: all that depends on the starts or on a draw."""
+    return reached(body.nodes, [*starts, *body.draws])
 
 
 def _invariants(b: Builder, body: Graph, operands, varying) -> dict[Node, Value]:
@@ -89,8 +97,9 @@ def _invariants(b: Builder, body: Graph, operands, varying) -> dict[Node, Value]
 
 def _inner(body: Graph, varying, starts, outputs, always=()) -> tuple[Graph, list[Node]]:
     """The varying part of a body and the nodes its inputs stand for: invariants, `always`, then the used starts."""
-    copied = cone(outputs, {n for n in [*body.inputs, *body.nodes] if n not in varying} | set(body.inputs))
+    bound = {n for n in [*body.inputs, *body.nodes] if n not in varying} | set(body.inputs)
+    copied = cone([*outputs, *body.draws], bound)
     used = {m for n in copied for m in n.all_input_nodes} | set(outputs)
     frontier = [n for n in [*body.inputs, *body.nodes] if n in used and n not in varying]
     inputs = [*frontier, *always, *(n for n in starts if n in used)]
-    return extract(inputs, outputs), inputs
+    return extract(inputs, outputs, body.draws), inputs

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .. import jvp as forward
 from .. import transpose as reverse
 from ..errors import MissingRule
 from ..graph import Graph, custom, extract, linear_call, map_, scan
 from ..jvp import Dual, Jvp, instantiate
-from ..linearize import linearize
+from ..linearize import Linearized, linearize
 from ..record import Builder, Value
-from ..regions import emit_map, emit_scan
+from ..regions import emit_map, emit_scan, varying_in
 from ..simplify import SIMPLIFY
 from .table import Undefined
 
@@ -44,20 +46,19 @@ def _map_jvp(jvp: Jvp, args, kwargs):
     t_mapped = [m for m, z in zip(mapped, nonzero, strict=True) if z]
 
     cut = linearize(body, nonzero, reverse=jvp.reverse)
-    results = emit_map(
-        jvp.b, cut.primal, primals, mapped, [*outs, *["stack"] * cut.residuals], length, randomness
-    )
-    residuals, r_mapped = [], []
-    for node, value in zip(cut.primal.outputs[cut.count :], results[cut.count :], strict=True):
-        source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
-        invariant = source is not None and not mapped[source]
-        residuals.append(primals[source] if invariant else value)
-        r_mapped.append(not invariant)
+    r_mapped = _varying_residuals(cut, [n for n, m in zip(cut.primal.inputs, mapped, strict=True) if m])
+    r_kinds = ["stack" if m else "once" for m in r_mapped]
+    results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *r_kinds], length, randomness)
     kinds = [kind for kind, z in zip(outs, cut.nonzero_out, strict=True) if z]
-    out_tangents = emit_map(
-        jvp.b, cut.linear, residuals + tangents, r_mapped + t_mapped, kinds, length, randomness
-    )
+    operands = results[cut.count :] + tangents
+    out_tangents = emit_map(jvp.b, cut.linear, operands, r_mapped + t_mapped, kinds, length, randomness)
     return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
+
+
+def _varying_residuals(cut: Linearized, starts) -> list[bool]:
+    """Which residuals of a body differ from one example (or step) to another."""
+    varying = varying_in(cut.primal, starts)
+    return [n in varying for n in cut.primal.outputs[cut.count :]]
 
 
 def _map_transpose(b: Builder, cts, args, kwargs):
@@ -131,35 +132,28 @@ def _scan_jvp(jvp: Jvp, args, kwargs):
     cut = linearize(body, tuple(nonzero), reverse=jvp.reverse)
     cut = _with_carry_tangents(cut, nonzero[nc : nc + nk], nc, nk)
     primals = [d.p for d in duals]
-    results = emit_scan(jvp.b, cut.primal, primals[:nc], primals[nc : nc + nk], primals[nc + nk :], **kwargs)
-    residuals = results[cut.count :]
-    consts_r, xs_r, order = [], [], []
-    for k, (node, value) in enumerate(zip(cut.primal.outputs[cut.count :], residuals, strict=True)):
-        source = cut.primal.inputs.index(node) if node in cut.primal.inputs else None
-        invariant = source is not None and source < nc
-        (consts_r if invariant else xs_r).append(primals[source] if invariant else value)
-        order.append((not invariant, k))
-    tangent = [instantiate(d.t, d.p) if z else None for d, z in zip(duals, nonzero, strict=True)]
-    groups = [
-        [t for t in part if t is not None]
-        for part in (tangent[:nc], tangent[nc : nc + nk], tangent[nc + nk :])
-    ]
-    r = cut.residuals
-    t_inputs = cut.linear.inputs[r:]
-    a, c = len(groups[0]), len(groups[1])
-    inputs = [cut.linear.inputs[k] for x, k in sorted(order) if not x] + list(t_inputs[: a + c])
-    inputs += [cut.linear.inputs[k] for x, k in sorted(order) if x] + list(t_inputs[a + c :])
-    linear = extract(inputs, list(cut.linear.outputs))
-    out_tangents = emit_scan(jvp.b, linear, consts_r + groups[0], groups[1], xs_r + groups[2], **kwargs)
-    return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
+    varies = _varying_residuals(cut, cut.primal.inputs[nc:])
+    once = [cut.count + k for k, v in enumerate(varies) if not v]
+    parts = primals[:nc], primals[nc : nc + nk], primals[nc + nk :]
+    results = emit_scan(jvp.b, cut.primal, *parts, **kwargs, once=once)
+    tangents = [(instantiate(d.t, d.p), i) for i, (d, z) in enumerate(zip(duals, nonzero, strict=True)) if z]
+    values = [*results[cut.count :], *(t for t, _ in tangents)]
+    part = [2 if v else 0 for v in varies] + [0 if i < nc else 1 if i < nc + nk else 2 for _, i in tangents]
+    linear, groups = _grouped(cut.linear, values, part)
+    return _zip(results[: cut.count], emit_scan(jvp.b, linear, *groups, **kwargs), cut.nonzero_out)
+
+
+def _grouped(body: Graph, values, part: list[int]) -> tuple[Graph, list[list]]:
+    """A scan's body with its inputs reordered as constants (0), carry (1) and xs (2), and the values in these groups."""
+    order = sorted(range(len(values)), key=part.__getitem__)
+    groups = [[values[i] for i in order if part[i] == p] for p in range(3)]
+    return extract([body.inputs[i] for i in order], list(body.outputs), body.draws), groups
 
 
 def _with_carry_tangents(cut, nonzero_carry, nc, nk):
     """A carry that enters with a tangent leaves with one, zeros if need be."""
     if all(o or not z for o, z in zip(cut.nonzero_out, nonzero_carry, strict=False)):
         return cut
-    import dataclasses
-
     b = Builder(SIMPLIFY)
     values = [b.input(n.meta["val"], n.name) for n in cut.linear.inputs]
     given = iter(b.inline(cut.linear, values))
@@ -178,28 +172,19 @@ def _scan_fused(jvp: Jvp, body, duals, nc, nk, start, kwargs):
     )
     both, flags = differentiate(body, tuple(nonzero), reverse_mode=jvp.reverse)
     count = len(body.outputs)
-    tangent_out = dict(zip([j for j, z in enumerate(flags) if z], both.outputs[count:], strict=True))
     b = Builder(SIMPLIFY)
     ins = [b.input(n.meta["val"], n.name) for n in both.inputs]
     outs = b.inline(both, ins)
-    t_values = dict(zip(tangent_out, outs[count:], strict=True))
+    t_values = dict(zip([j for j, z in enumerate(flags) if z], outs[count:], strict=True))
     carry_t = [j for j in range(nk) if nonzero[nc + j]]
     ys_t = [j for j in range(nk, count) if flags[j]]
     t_carry = [t_values[j] if j in t_values else b.full(body.outputs[j].meta["val"], 0) for j in carry_t]
-    t_of = dict(zip([i for i, z in enumerate(nonzero) if z], ins[len(duals) :], strict=True))
     full = b.finish(outs[:nk] + t_carry + outs[nk:count] + [t_values[j] for j in ys_t])
-    placeholders = dict(zip([v.node for v in ins], full.inputs, strict=True))
-
-    def part(lo, hi):
-        return [(placeholders[ins[i].node], duals[i].p) for i in range(lo, hi)] + [
-            (placeholders[t_of[i].node], instantiate(duals[i].t, duals[i].p))
-            for i in range(lo, hi)
-            if nonzero[i]
-        ]
-
-    parts = [part(0, nc), part(nc, nc + nk), part(nc + nk, len(duals))]
-    ordered = extract([node for p in parts for node, _ in p], list(full.outputs))
-    results = emit_scan(jvp.b, ordered, *([v for _, v in p] for p in parts), **kwargs)
+    with_t = [i for i, z in enumerate(nonzero) if z]
+    values = [d.p for d in duals] + [instantiate(duals[i].t, duals[i].p) for i in with_t]
+    part = [0 if i < nc else 1 if i < nc + nk else 2 for i in [*range(len(duals)), *with_t]]
+    ordered, groups = _grouped(full, values, part)
+    results = emit_scan(jvp.b, ordered, *groups, **kwargs)
     t_results = dict(zip(carry_t, results[nk:], strict=False))
     ys = results[nk + len(carry_t) :]
     t_results |= dict(zip(ys_t, ys[count - nk :], strict=True))
