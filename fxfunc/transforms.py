@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import from_torch, numel
-from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.graph import Graph, Val, extract
 from fxfunc.passes.graph import stop_gradient as _stop_gradient
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize as _linearize
@@ -32,6 +32,10 @@ from .entry import entry
 
 def _argnums(transform: str, argnums, count: int) -> tuple[int, ...]:
     """argnums as non-negative ints, each once."""
+    if not count:
+        raise errors.NoTensorInputs(
+            transform=transform, what="among its positional arguments: there are none"
+        )
     given = (argnums,) if isinstance(argnums, int) and not isinstance(argnums, bool) else argnums
     ok = (
         isinstance(given, tuple)
@@ -69,14 +73,12 @@ class _Call:
 
     def _check(self) -> None:
         if not any(is_tensor(x) for x in self.selected):
-            raise errors.NoTensorInputs(
-                transform=self.transform, what="among the arguments that argnums names"
-            )
+            raise errors.NoTensorInputs(transform=self.transform, what="among the arguments to differentiate")
         for x in self.selected:
             if not is_tensor(x):
                 raise errors.TypeOfArgument(
-                    what=f"{self.transform}: an argument that argnums names holds {type(x).__name__}, not a tensor",
-                    instead="Differentiate tensors only, or leave the argument out of argnums.",
+                    what=f"{self.transform}: an argument to differentiate holds a {type(x).__name__}, not a tensor",
+                    instead="Leave it out of argnums, or let the function close over it.",
                 )
             if not val_of(x).differentiable:
                 raise errors.NotDifferentiable(transform=self.transform, what="an argument", dtype=x.dtype)
@@ -96,31 +98,36 @@ def _order(args, positions) -> list[int]:
     return [place for i in positions for place in places[i]]
 
 
-def _split_aux(transform: str, captured: Captured, has_aux: bool):
-    """(number of tensor outputs that are differentiated, function from all outputs to (value, aux))."""
-    if not has_aux:
-        return len(captured.graph.outputs), lambda tensors: (captured.outputs(tensors), None)
-    value = captured.outputs([_Mark(i) for i in range(len(captured.graph.outputs))])
-    if not (isinstance(value, tuple) and len(value) == 2):
-        raise errors.TypeOfArgument(
-            what=f"{transform} with has_aux=True expects the function to return a tuple (output, aux)",
-            instead="Return exactly two values, or drop has_aux.",
-        )
-    count = sum(isinstance(x, _Mark) for x in pytree.tree_leaves(value[0]))
-    return count, captured.outputs
-
-
 class _Mark:
+    """Stands for output tensor `index`."""
+
     def __init__(self, index: int):
         self.index = index
 
 
-def _check_outputs(transform: str, captured: Captured, count: int) -> None:
-    if count == 0:
+def _split_aux(transform: str, captured: Captured, has_aux: bool):
+    """(the result to differentiate, marks for its tensors; function from all output tensors to (value, aux))."""
+    marks = captured.outputs([_Mark(i) for i in range(len(captured.graph.outputs))])
+    if not has_aux:
+        return marks, lambda tensors: (captured.outputs(tensors), None)
+    if not (isinstance(marks, tuple) and len(marks) == 2):
         raise errors.TypeOfArgument(
-            what=f"{transform} expects the function to return tensors",
-            instead="Return a tensor or a structure of tensors.",
+            what=f"{transform} with has_aux=True expects the function to return a tuple (output, aux)",
+            instead="Return exactly two values, or drop has_aux.",
         )
+    return marks[0], captured.outputs
+
+
+def _count_outputs(transform: str, value) -> int:
+    """The number of tensors to differentiate; there is at least one, and nothing else."""
+    leaves = pytree.tree_leaves(value)
+    others = [type(x).__name__ for x in leaves if not isinstance(x, _Mark)]
+    if others or not leaves:
+        raise errors.TypeOfArgument(
+            what=f"{transform} expects the function to return only tensors, got {', '.join(others) or 'nothing'}",
+            instead="Return a tensor or a structure of tensors; with has_aux=True, other values beside it.",
+        )
+    return len(leaves)
 
 
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
@@ -140,13 +147,9 @@ def _grad_graph(graph: Graph, nonzero: tuple[bool, ...]) -> Graph:
 
 def _scalar(transform: str, captured: Captured, has_aux: bool):
     """Check that the differentiated output is one real scalar tensor."""
-    count, split = _split_aux(transform, captured, has_aux)
-    value, _ = split([_Mark(i) for i in range(len(captured.graph.outputs))])
-    if not isinstance(value, _Mark) or count != 1:
-        raise errors.NonScalarOutput(
-            transform=transform,
-            got=f"a {type(value).__name__}" if not isinstance(value, _Mark) else f"{count} tensors",
-        )
+    value, split = _split_aux(transform, captured, has_aux)
+    if not isinstance(value, _Mark):
+        raise errors.NonScalarOutput(transform=transform, got=f"a {type(value).__name__}")
     val = captured.graph.outputs[value.index].meta["val"]
     if val.shape != ():
         raise errors.NonScalarOutput(transform=transform, got=f"a tensor of shape {val.shape}")
@@ -231,8 +234,8 @@ def vjp(f: Callable, *primals, has_aux: bool = False):
     Raises NotDifferentiable, NoTensorInputs, StructureMismatch. Follows torch.func.vjp.
     """
     call = _Call("vjp", f, primals, {}, tuple(range(len(primals))) if primals else 0)
-    count, split = _split_aux("vjp", call.captured, has_aux)
-    _check_outputs("vjp", call.captured, count)
+    marks, split = _split_aux("vjp", call.captured, has_aux)
+    count = _count_outputs("vjp", marks)
     cut = _cut(call.graph, call.nonzero, True)
     results = execute(cut.primal, call.inputs)
     outs, residuals = results[: cut.count], results[cut.count :]
@@ -283,16 +286,8 @@ def _jvp_graph(graph: Graph, nonzero, count: int) -> Graph:
     given = iter(outs[n:])
     tangents = [next(given) if z else None for z in flags][:count]
     return b.finish(
-        outs[:n]
-        + [
-            t if t is not None else b.full(_tangent_val(o.val), 0)
-            for t, o in zip(tangents, outs, strict=False)
-        ]
+        outs[:n] + [t if t is not None else b.full(o.val, 0) for t, o in zip(tangents, outs, strict=False)]
     )
-
-
-def _tangent_val(val: Val) -> Val:
-    return val
 
 
 def _primal_call(transform: str, f, primals) -> _Call:
@@ -317,8 +312,8 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, h
     call = _primal_call("jvp", f, primals)
     vals = [val_of(t) for t in call.tensors]
     given = _matching("jvp", "tangent", tangents, *pytree.tree_flatten(primals), vals)
-    count, split = _split_aux("jvp", call.captured, has_aux)
-    _check_outputs("jvp", call.captured, count)
+    marks, split = _split_aux("jvp", call.captured, has_aux)
+    count = _count_outputs("jvp", marks)
     results = execute(_jvp_graph(call.graph, call.nonzero, count), [*call.inputs, *given])
     n = len(call.graph.outputs)
     value, aux = split(results[:n])
@@ -331,7 +326,7 @@ def linearize(f: Callable, *primals):
     """`(output, jvp_fn)`: jvp_fn(*tangents) gives the output tangent without running `f` again. Follows torch.func.linearize."""
     call = _primal_call("linearize", f, primals)
     cut = _cut(call.graph, call.nonzero, False)
-    _check_outputs("linearize", call.captured, len(call.graph.outputs))
+    _count_outputs("linearize", _split_aux("linearize", call.captured, False)[0])
     results = execute(cut.primal, call.inputs)
     outs, residuals = results[: cut.count], results[cut.count :]
     leaves, spec = pytree.tree_flatten(primals)
@@ -390,8 +385,6 @@ def _jacrev_graph(graph: Graph, nonzero, count: int) -> Graph:
 
 def _rows(b: Builder, back: Graph, residuals, out: Val) -> list:
     """A transposed graph mapped over the basis of one output; None where zero."""
-    from fxfunc.passes.graph import extract
-
     given = [i for i, n in enumerate(back.outputs) if n is not None]
     body = extract(list(back.inputs), [back.outputs[i] for i in given])
     flags = [False] * len(residuals) + [True]
@@ -443,8 +436,8 @@ def _column(t, out, val: Val):
 
 def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs):
     call = _Call(transform, f, args, kwargs, argnums, reverse=transform == "jacrev")
-    count, split = _split_aux(transform, call.captured, has_aux)
-    _check_outputs(transform, call.captured, count)
+    marks, split = _split_aux(transform, call.captured, has_aux)
+    count = _count_outputs(transform, marks)
     results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)
     width = sum(call.marked)
     rows = [call.unflatten(results[j * width : (j + 1) * width]) for j in range(count)]
@@ -490,6 +483,10 @@ def hessian(f: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
 
 def _no_chunks(transform: str, chunk_size) -> None:
+    if chunk_size is not None and chunk_size <= 0:
+        raise errors.TypeOfArgument(
+            what=f"{transform}: chunk_size is {chunk_size}", instead="Leave chunk_size out."
+        )
     if chunk_size is not None:
         raise errors.NotSupported(what=f"{transform}(chunk_size=...)", instead="Leave chunk_size out.")
 
@@ -622,6 +619,8 @@ def _out_dims(out_dims, captured: Captured) -> list[int | None]:
             what="vmap: the mapped function must return only tensors",
             instead="Return tensors, or return other values from outside vmap.",
         )
+    if captured.out_spec.is_leaf() and isinstance(out_dims, tuple) and len(out_dims) == 1:
+        (out_dims,) = out_dims  # torch.func lets (d,) stand for one output
     flat = pytree._broadcast_to_and_flatten(out_dims, captured.out_spec)
     if flat is None:
         raise errors.BadOutDims(
@@ -638,7 +637,6 @@ def _out_dims(out_dims, captured: Captured) -> list[int | None]:
 def stop_gradient(x):
     """The tensors of a structure as constants for every derivative, forward and reverse. Follows jax.lax.stop_gradient."""
 
-    @functools.lru_cache(maxsize=64)
     def graph(val: Val) -> Graph:
         b = Builder(None)
         return b.finish([b.emit(_stop_gradient, (b.input(val),))])

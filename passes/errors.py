@@ -65,7 +65,7 @@ class BadArgnums(FxfuncError, RuntimeError, ValueError, IndexError):
     fix = "Use integers between {low} and {high}, without repeats."
 
 
-class BadInDims(FxfuncError, ValueError, IndexError):
+class BadInDims(FxfuncError, TypeError, ValueError, IndexError):
     message = "vmap: {what}"
     fix = "Give in_dims as an int, None, or a structure that matches the arguments."
 

@@ -31,6 +31,7 @@ class Tracer(torch.Tensor):
     recorder: Recorder
     value: Value
     tracks: bool
+    dense = False  # known to lie in memory as its shape says
 
     @staticmethod
     def __new__(cls, recorder: Recorder, value: Value, tracks: bool = False):
@@ -355,6 +356,23 @@ def _own(x, what: str) -> Tracer:
     return x
 
 
+def _contiguous(x, memory_format=torch.contiguous_format):
+    y = x.contiguous(memory_format=memory_format)
+    if isinstance(y, Tracer) and memory_format is torch.contiguous_format:
+        y = aten.alias.default(y)
+        y.dense = True
+    return y
+
+
+def _as_strided(x, *args, **kwargs):
+    if isinstance(x, Tracer) and not x.dense:
+        raise errors.NotSupported(
+            what="as_strided of a tensor whose strides are not known",
+            instead="Call .contiguous() first, or use unfold, diagonal or indexing.",
+        )
+    return torch.as_strided(x, *args, **kwargs)
+
+
 def _one_hot(x, num_classes=-1):
     if num_classes < 0:
         raise errors.ValueDependent(op="torch.nn.functional.one_hot without num_classes")
@@ -369,6 +387,70 @@ def _attention(
     return aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, **how
     )[0]
+
+
+def _getitem(x, index):
+    """x[index]; a 0-d integer tensor, whose value torch would ask for, picks by a list of one."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    places = [k for k, i in enumerate(items) if _is_element(i)]
+    for k in places:
+        axis = sum(map(_axes, items[:k]))
+        if any(i is Ellipsis for i in items[:k]):
+            axis = x.ndim - sum(map(_axes, items[k:]))
+        x, items[k] = x[(slice(None),) * axis + (items[k].unsqueeze(0),)], 0
+    return x[tuple(items)] if places else x[index]
+
+
+def _setitem(x, index, value):
+    """x[index] = value; 0-d integer tensors as in _getitem, if the index is nothing else."""
+    items = index if isinstance(index, tuple) else (index,)
+    if items and all(map(_is_element, items)):
+        x.index_put_(items, torch.as_tensor(value, dtype=x.dtype, device=x.device))
+    else:
+        x[index] = value
+
+
+def _is_element(index) -> bool:
+    return isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype in _INTEGERS
+
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _axes(index) -> int:
+    """How many axes one item of an index takes."""
+    if index is None or index is Ellipsis or isinstance(index, bool):
+        return 0
+    return index.ndim if isinstance(index, torch.Tensor) and _is_mask(index) else 1
+
+
+def _from_data(make, copies: bool):
+    """torch.tensor and its kin: a list of tensors would be read by value; a copy is a constant to every derivative."""
+
+    def call(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        if any(map(_lists_tensors, given)):
+            raise errors.ValueDependent(op=f"{make.__name__} of a list of tensors; torch.stack takes one")
+        out = make(*args, **kwargs)
+        return _detach(out) if copies and any(isinstance(x, Tracer) for x in given) else out
+
+    return call
+
+
+def _lists_tensors(x) -> bool:
+    return isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) or _lists_tensors(y) for y in x)
+
+
+def _format(x, spec):
+    if spec:
+        raise errors.ValueDependent(op="format(tensor)")
+    return repr(x)
+
+
+def _data_ptr(x):
+    if isinstance(x, Tracer):
+        raise errors.UnsupportedInside(what="Tensor.data_ptr()", instead="Compare tensors with `is`.")
+    return x.data_ptr()
 
 
 def _refuse_function(what: str, instead: str):
@@ -402,6 +484,17 @@ FUNCTIONS = {
     torch.Tensor.numpy: _refuse_value("Tensor.numpy()"),
     torch.Tensor.tolist: _refuse_value("Tensor.tolist()"),
     torch.Tensor.__array__: _refuse_value("numpy.asarray(tensor)"),
+    torch.Tensor.__format__: _format,
+    torch.Tensor.data_ptr: _data_ptr,
+    torch.Tensor.__getitem__: _getitem,
+    torch.Tensor.__setitem__: _setitem,
+    torch.tensor: _from_data(torch.tensor, copies=True),
+    torch.Tensor.new_tensor: _from_data(torch.Tensor.new_tensor, copies=True),
+    torch.as_tensor: _from_data(torch.as_tensor, copies=False),
+    torch.asarray: _from_data(torch.asarray, copies=False),
+    torch.Tensor.contiguous: _contiguous,
+    torch.Tensor.as_strided: _as_strided,
+    torch.as_strided: _as_strided,
     torch.nn.functional.one_hot: _one_hot,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
