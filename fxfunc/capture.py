@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -121,10 +122,19 @@ def compiled(graph: Graph):
 
 def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Compute, as one call in the eyes of autograd if an input requires grad; `compile_(graph)` gives the callable."""
+    if forward_ad._current_level >= 0 and any(map(_is_dual, tensors)):
+        raise errors.NotSupported(
+            what="a dual tensor of torch.autograd.forward_ad (its tangent would be lost)",
+            instead="Use fxfunc.jvp for forward-mode derivatives.",
+        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return list(_Differentiable.apply(graph, compile_, *tensors))
     with torch.no_grad():
         return compile_(graph)(list(tensors))
+
+
+def _is_dual(t: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 @rewriting

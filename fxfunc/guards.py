@@ -11,6 +11,8 @@ import types
 
 import torch
 
+from fxfunc.passes.graph import typed
+
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 _FOREIGN = (
     "torch",
@@ -54,7 +56,7 @@ class Guards:
         """The tensors now found in the recorded places, or None if anything else has changed."""
         for container, key, value in self.values:
             now = _read(container, key)
-            if type(now) is not type(value) or (now != value and now == now):
+            if type(now) is not type(value) or typed(now, None) != typed(value, None):
                 return None
         for container, key, value in self.identities:
             if _read(container, key) is not value:

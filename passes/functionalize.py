@@ -12,7 +12,9 @@ import torch
 from torch.fx import Node
 
 from . import errors
+from .dims import Dim, numel
 from .graph import Graph, Val, getitem, graft, stop_gradient, stop_reverse, substitute
+from .infer import hermetic
 from .record import Builder, Value
 
 aten = torch.ops.aten
@@ -353,6 +355,16 @@ def _copy(b: Builder, val: Val, x, **kwargs):
     return b.emit(aten._to_copy.default, (x,), {"dtype": val.dtype}) if val.dtype != x.dtype else x
 
 
+def _strided(x: Value, size, stride, storage_offset=None):
+    """Elements by their places in the dense tensor: values have no strides."""
+    if any(isinstance(s, Dim) for s in (*x.shape, *size, *stride)):
+        raise errors.DynamicShape(what="the strides given to as_strided")
+    with hermetic():
+        places = torch.arange(numel(x.shape)).as_strided(size, stride, storage_offset or 0)
+        index = x.builder.constant(places.to(x.device))
+    return x.reshape([-1]).call(aten.index.Tensor, [index])
+
+
 CANONICAL = {
     aten.index_put.default: lambda b, val, *args, **kwargs: _put(b, *args, **kwargs),
     **dict.fromkeys(
@@ -394,5 +406,6 @@ CANONICAL = {
     aten.transpose.int: lambda b, val, x, i, j: x.permute(_swapped(x.ndim, i, j)),
     aten._to_copy.default: _copy,
     aten.expand.default: lambda b, val, x, *args, **kwargs: x.expand(list(val.shape)),
+    aten.as_strided.default: lambda b, val, x, *args, **kwargs: _strided(x, *args, **kwargs),
     aten.rsub.Scalar: lambda b, val, x, other, alpha=1: b.emit(aten.neg.default, (x * alpha,)) + other,
 }

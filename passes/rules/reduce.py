@@ -7,6 +7,7 @@ import math
 from ..dims import numel
 from ..record import aten
 from .batching import along, full_reduction, reduction
+from .pointwise import ratio
 from .table import composite, linear, rule, zero
 
 
@@ -30,15 +31,8 @@ def _unreduce(ct, a, dims=None, keepdim=False, dtype=None):
 linear(aten.sum.dim_IntList, _unreduce, batch=reduction)
 composite(
     aten.sum.default,
-    lambda a, dtype=None: a.to(dtype or _summed(a)).call(aten.sum.dim_IntList, list(range(a.ndim))),
+    lambda a, dtype=None: a.call(aten.sum.dim_IntList, list(range(a.ndim)), **({"dtype": dtype} if dtype else {})),
 )
-
-
-def _summed(a):
-    """The dtype torch sums in: ints and bools as int64."""
-    import torch
-
-    return a.dtype if a.dtype.is_floating_point or a.dtype.is_complex else torch.int64
 
 
 def _count(a, dims):
@@ -77,9 +71,7 @@ def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
     """Zero where the deviation is zero."""
     centred = a - _mean(a, dim, True)
     along = (t * centred.conj()).to(y.dtype).sum(dims_of(a, dim), keepdim)
-    return y.eq(0).where(
-        0.0, along / (y * _at_least_zero(_count(a, dim), 1 if correction is None else correction))
-    )
+    return ratio(along, y * _at_least_zero(_count(a, dim), 1 if correction is None else correction))
 
 
 composite(
@@ -278,7 +270,7 @@ def _norm_weight(size, yk, p, dim):
         return hit / hit.sum(dims_of(size, dim), True)
     if p == 1:
         return size.full([], 1)
-    return (yk.eq(0) | size.eq(0)).where(0.0, (size / yk).pow(p - 1))
+    return size.eq(0).where(0.0, ratio(size, yk).pow(p - 1))
 
 
 rule(aten.linalg_vector_norm.default, jvp=_vector_norm, batch=along("dim"))
