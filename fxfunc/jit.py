@@ -16,7 +16,7 @@ from fxfunc.codegen.backends import Program
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim
 from fxfunc.passes.dump import saw
-from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.graph import Graph, Val, typed
 from fxfunc.passes.trace import current, val_of
 
 from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of
@@ -153,8 +153,8 @@ class _Jit:
 
         rest = tuple(a for i, a in enumerate(args) if i not in positions)
         key = (
-            tuple(sorted((i, type(v), v) for i, v in fixed.items())),
-            tuple(sorted((k, type(v), v) for k, v in named.items())),
+            tuple(sorted((i, type(v), typed(v, None)) for i, v in fixed.items())),
+            tuple(sorted((k, type(v), typed(v, None)) for k, v in named.items())),
         )
         return f, rest, {k: v for k, v in kwargs.items() if k not in named}, key
 
@@ -200,7 +200,7 @@ def _compile_with(entry: _Entry):
 def _leaf_key(x):
     if is_tensor(x):
         return signature(x)
-    return (type(x), x) if _hashable(x) else (type(x), id(x))
+    return (type(x), typed(x, None)) if _hashable(x) else (type(x), id(x))
 
 
 def _hashable(x) -> bool:
