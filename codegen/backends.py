@@ -3,55 +3,91 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import time
 from collections.abc import Callable
 
+import torch
+
 from fxfunc.passes import errors
+from fxfunc.passes.dump import saw, saw_source
 from fxfunc.passes.graph import Graph
 from fxfunc.passes.pipeline import for_aten, lowered
+from fxfunc.passes.place import place
 
 from . import eager
+from .launch import Binary, launch
 
 BACKENDS = ("eager", "triton")
 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled graph: `call` takes flat tensors and gives flat results; `graph` is what an artifact stores."""
+    """A compiled graph: `call` takes flat tensors and gives flat results. `graph` is what the eager backend runs anywhere,
+    `native` the same with `kernels` in it, if there are any."""
 
     graph: Graph
     backend: str
     target: str
     call: Callable | None  # None: made for a device this machine has not
-    kernels: list = dataclasses.field(default_factory=list)
+    native: Graph | None = None
+    kernels: list[Binary] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def compile(graph: Graph, backend: str | None, target: str | None, device: str) -> Program:
-    """Lower and compile a captured graph; backend None is "triton" for CUDA tensors or targets, else "eager"."""
+def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph, str, str]:
+    """The graph on the target's kind of device, and the backend and target that None stands for."""
+    device = next((v.device.type for v in graph.in_vals), "cpu")
     backend = backend or ("triton" if (target or device).startswith("cuda") else "eager")
     if backend not in BACKENDS:
         raise errors.BackendError(
             backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
         )
+    target = target or (default_target() if backend == "triton" else device)
+    _check_target(backend, target)
+    if device != target.partition(":")[0]:
+        graph = saw("place", place(graph, torch.device("cpu" if target == "cpu" else "cuda:0")))
+    return graph, backend, target
+
+
+def _check_target(backend: str, target: str) -> None:
+    known = {"eager": r"cpu|cuda(:\d{2,3})?", "triton": r"cuda:\d{2,3}"}[backend]
+    if not re.fullmatch(known, target):
+        raise errors.BackendError(
+            backend=backend,
+            what=f"no such target: {target!r}",
+            instead='Use "cuda:80", "cuda:90" or another compute capability.'
+            if backend == "triton"
+            else 'Use "cpu" or "cuda".',
+        )
+
+
+def compile(graph: Graph, backend: str, target: str) -> Program:
+    """Lower and compile a captured graph for what `choose` gave."""
     start = time.perf_counter()
     low = lowered(graph)
     middle = time.perf_counter()
-    program = _eager(low, target) if backend == "eager" else _triton(low, target or default_target())
+    program = (_triton if backend == "triton" else _eager)(low, target)
     program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
     return program
 
 
-def _eager(graph: Graph, target: str | None) -> Program:
-    target = target or "cpu"
-    graph = for_aten(graph)
-    return Program(graph, "eager", target, eager.emit(graph))
+def _eager(graph: Graph, target: str) -> Program:
+    return eager_program(for_aten(graph), target)
+
+
+def eager_program(graph: Graph, target: str) -> Program:
+    """A program of ATen calls alone."""
+    return Program(graph, "eager", target, eager.emit(graph) if _is_here(target) else None)
+
+
+def _is_here(target: str) -> bool:
+    return target == "cpu" or torch.cuda.is_available()
 
 
 def default_target() -> str:
     """The target of this machine's GPU."""
-    import torch
-
     if not torch.cuda.is_available():
         raise errors.BackendError(
             backend="triton", what="no GPU here to compile for", instead='Give target="cuda:80" or "cuda:90".'
@@ -63,5 +99,15 @@ def default_target() -> str:
 def _triton(graph: Graph, target: str) -> Program:
     from . import triton
 
-    fused, kernels = triton.compile_graph(graph, target)
-    return Program(fused, "triton", target, None, kernels)
+    native, kernels = triton.compile_graph(graph, target)
+    saw("fuse", native)
+    for name, binary in kernels.items():
+        saw_source(f"kernel-{name}", binary.source)
+    return with_kernels(for_aten(graph), native, list(kernels.values()), target)
+
+
+def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str) -> Program:
+    """A program of compiled kernels, which runs where there is a GPU."""
+    launchers = {b.kernel: functools.partial(launch, b) for b in kernels}
+    call = eager.emit(native, launchers) if _is_here(target) else None
+    return Program(graph, "triton", target, call, native, kernels)

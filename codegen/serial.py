@@ -5,6 +5,7 @@ Every name that could reach generated source (nodes, sizes) must be an identifie
 
 from __future__ import annotations
 
+import dataclasses
 import keyword
 import math
 import re
@@ -14,6 +15,8 @@ from torch.fx import Node
 
 from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Literal, Op, Val, getitem
+
+from . import loops
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}\Z")
 _OPERATOR = re.compile(r"[a-z_][a-z0-9_]*\.[A-Za-z_][A-Za-z0-9_]*\.[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -91,7 +94,30 @@ def _dump(x, number, literals):
         return {"L": len(literals) - 1}
     if isinstance(x, Graph):
         return {"g": dump(x, literals)}
+    if type(x).__name__ in _RECORDS:
+        return {"r": [type(x).__name__, *(_dump(getattr(x, f), number, literals) for f in _fields(type(x)))]}
     raise SerialError(f"an argument of type {type(x).__name__} cannot be stored")
+
+
+# The parts of a kernel. The user's lines stay behind: they are paths of this machine.
+_RECORDS = {
+    r.__name__: r
+    for r in (
+        loops.Kernel,
+        loops.Arg,
+        loops.Index,
+        loops.Load,
+        loops.Const,
+        loops.Iota,
+        loops.Apply,
+        loops.Reduce,
+        loops.Store,
+    )
+}
+
+
+def _fields(record: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(record) if f.init and f.name != "source"]
 
 
 _ENCODERS = (
@@ -132,7 +158,12 @@ def _load_target(name: str):
         op = None
     if op is None or not isinstance(op, (Op, torch._ops.OpOverload)):
         raise SerialError(f"unknown operator {name!r}")
+    if isinstance(op, torch._ops.OpOverload) and (op._schema.is_mutable or op in _REACHES_OUT):
+        raise SerialError(f"{name!r} does more than compute a value")
     return op
+
+
+_REACHES_OUT = {torch.ops.aten.from_file.default, torch.ops.aten._print.default}
 
 
 def _load_dtype(name: str) -> torch.dtype:
@@ -200,7 +231,16 @@ def _load(x, nodes, literals):
         return nodes[_index(value, nodes)]
     if tag == "L":
         return Literal(literals[_index(value, literals)])
+    if tag == "r":
+        return _load_record(*(_string(value[0]), *(_load(y, nodes, literals) for y in value[1:])))
     return _load_graph(value, literals) if tag == "g" else _DECODERS[tag](value)
+
+
+def _load_record(kind: str, *values):
+    if kind not in _RECORDS:
+        raise SerialError(f"unknown part of a kernel {kind!r}")
+    record = _RECORDS[kind](**dict(zip(_fields(_RECORDS[kind]), values, strict=True)))
+    return loops.verify(record) if kind == "Kernel" else record
 
 
 def _index(i, sequence) -> int:

@@ -496,7 +496,7 @@ def compile_graph(graph: Graph, target: str = "cuda:90") -> tuple[Graph, dict[st
     """The graph with its groups as `kernel` nodes, and each distinct kernel compiled, by name."""
     capability_of(target)
     fused = fuse(graph)
-    return fused, {k.name: compile(k, target) for k in kernels_of(fused)}
+    return fused, {k.name: dataclasses.replace(compile(k, target), kernel=k) for k in kernels_of(fused)}
 
 
 def table(binaries: dict[str, Binary]) -> list[dict[str, object]]:

@@ -1,33 +1,38 @@
 """Artifacts: a compiled function in one zip file. Entry points: `save`, `load`, `check`.
 
 Members: manifest.json (format, versions, signature, captures, backend, target, size and sha256 of every other member),
-graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), kernels per target.
+graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), and for a GPU
+native.json (the same graph with kernels in it) and kernels/NAME/ (cubin, PTX, source, what a launch needs).
 There is no pickle and no Python in it, and `load` runs no native code from it unless told to trust it. Digests are checked
 before anything else is read. With a key, an HMAC-SHA256 over the manifest proves who wrote it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import hashlib
 import hmac
+import importlib.metadata
 import json
 import os
 import tempfile
 import zipfile
+from collections import OrderedDict
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxfunc.codegen import eager, serial
-from fxfunc.codegen.backends import Program
+from fxfunc.codegen import backends, launch, serial
 from fxfunc.passes import errors
 
 from .jit import Capture, Compiled
 from .signature import TENSOR, Signature
 
 FORMAT = 1
-_MANIFEST, _MAC, _GRAPH = "manifest.json", "manifest.hmac", "graph.json"
+_MANIFEST, _MAC, _GRAPH, _NATIVE = "manifest.json", "manifest.hmac", "graph.json", "native.json"
 _LARGEST_MANIFEST = 64 << 20
+_LARGEST_RATIO = 500  # of a text to its compressed form; what is written here stays well below
 
 
 def save(compiled: Compiled, path, *, captures: str = "error", key: bytes | None = None) -> None:
@@ -63,17 +68,21 @@ def save(compiled: Compiled, path, *, captures: str = "error", key: bytes | None
 
 def _members(compiled: Compiled) -> tuple[dict[str, bytes], dict]:
     constants: list[torch.Tensor] = []
-    members = {_GRAPH: json.dumps(serial.dump(compiled.graph, constants)).encode()}
+    graphs = {_GRAPH: compiled.graph, _NATIVE: compiled.native}
+    members = {
+        name: json.dumps(serial.dump(graph, constants)).encode() for name, graph in graphs.items() if graph
+    }
     literals = len(constants)
     constants += [c.tensor for c in compiled.captures]
     for i, t in enumerate(constants):
         members[f"constants/{i}"] = _bytes(t)
     for k in compiled.kernels:
-        members |= {f"kernels/{k.name}/{name}": data for name, data in k.files().items()}
+        members |= {f"kernels/{k.kernel.name}/{name}": data for name, data in k.files().items()}
     manifest = {
         "format": FORMAT,
         "fxfunc": _version(),
         "torch": torch.__version__.split("+")[0],
+        "triton": _triton_version() if compiled.kernels else None,
         "backend": compiled.backend,
         "target": compiled.target,
         "signature": _dump_signature(compiled.signature),
@@ -94,47 +103,52 @@ def _version() -> str:
     return __version__
 
 
+def _triton_version() -> str:
+    return importlib.metadata.version("triton")
+
+
 def _dump_tensor(t: torch.Tensor) -> list:
     return [list(t.shape), str(t.dtype).removeprefix("torch."), str(t.device)]
 
 
 def _bytes(t: torch.Tensor) -> bytes:
-    flat = t.detach().cpu().contiguous().reshape(-1)
-    return (
-        bytes(flat.view(torch.uint8).numpy().tobytes())
-        if flat.numel() and _has_numpy()
-        else _slow_bytes(flat)
-    )
-
-
-def _has_numpy() -> bool:
-    try:
-        import numpy  # noqa: F401
-
-        return True
-    except ImportError:
-        return False
-
-
-def _slow_bytes(flat: torch.Tensor) -> bytes:
-    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes)
 
 
 def _write(path: str, members: dict[str, bytes]) -> None:
     """All members into a zip beside `path`, then renamed over it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fxfunc-")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".fxfunc-")
+    except OSError as e:
+        raise errors.ArtifactError(
+            path=path, what=f"cannot be written ({e})", instead="Check the folder."
+        ) from e
     try:
         with os.fdopen(handle, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, data in members.items():
-                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+                    plain = name.startswith("constants/")  # numbers hardly shrink
+                    method = zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED
+                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, method)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as e:
+        os.unlink(temporary)
+        raise errors.ArtifactError(
+            path=path, what=f"cannot be written ({e})", instead="Check the path."
+        ) from e
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 # ----- signatures as JSON ---------------------------------------------------------------------------------------------
@@ -160,6 +174,9 @@ def _load_signature(data: dict) -> Signature:
     )
 
 
+_DICTS = {"dict": dict, "OrderedDict": OrderedDict}
+
+
 def _dump_tree(x):
     if x is TENSOR:
         return {"tensor": 1}
@@ -169,8 +186,8 @@ def _dump_tree(x):
         return {"float": x.hex()}
     if type(x) in (list, tuple):
         return {type(x).__name__: [_dump_tree(y) for y in x]}
-    if type(x) is dict and all(type(k) in (str, int) for k in x):
-        return {"dict": [[k, _dump_tree(v)] for k, v in x.items()]}
+    if type(x) in _DICTS.values() and all(type(k) in (str, int) for k in x):
+        return {type(x).__name__: [[k, _dump_tree(v)] for k, v in x.items()]}
     raise serial.SerialError(f"a structure with a {type(x).__name__} cannot be stored")
 
 
@@ -182,8 +199,8 @@ def _load_tree(data):
         return x
     if kind == "float":
         return float.fromhex(x)
-    if kind == "dict":
-        return {k: _load_tree(v) for k, v in x}
+    if kind in _DICTS:
+        return _DICTS[kind]((k, _load_tree(v)) for k, v in x)
     if kind in ("list", "tuple"):
         out = [_load_tree(y) for y in x]
         return out if kind == "list" else tuple(out)
@@ -218,28 +235,71 @@ def load(
         constants = [
             _tensor(members[f"constants/{i}"], *spec) for i, spec in enumerate(manifest["constants"])
         ]
-        literals = manifest["literals"]
-        graph = serial.load(json.loads(members[_GRAPH]), constants[:literals])
+        literals, stored = constants[: manifest["literals"]], constants[manifest["literals"] :]
+        graph = serial.load(json.loads(members[_GRAPH]), literals)
         signature = _load_signature(manifest["signature"])
-    except (serial.SerialError, KeyError, ValueError, TypeError, RuntimeError) as e:
+        _check_counts(graph, signature, manifest["captures"], stored)
+        target = manifest["target"]
+        if backend is not None:
+            program = None
+        elif _NATIVE in members and (trust or key is not None):
+            program = _native(members, graph, literals, target)
+        else:
+            program = backends.eager_program(graph, target)
+    except (*_MALFORMED, errors.FxfuncError) as e:
         raise errors.ArtifactError(
             path=path,
             what=str(e),
             instead="It was written by another version or is damaged; compile it again.",
         ) from e
-    bound = _bound(path, manifest["captures"], constants[literals:], captures or {})
-    return _rebuilt(path, manifest, graph, signature, bound, backend)
+    bound = _bound(path, manifest["captures"], stored, captures or {})
+    if program is None:
+        return _rebuilt(graph, backend, target, signature, bound)
+    return Compiled(program, signature, bound, None, {}, loaded_as="native" if program.kernels else "eager")
 
 
-def _rebuilt(path, manifest, graph, signature, captures, backend) -> Compiled:
-    if backend not in (None, "eager"):
-        from fxfunc.codegen import backends
+_MALFORMED = (
+    serial.SerialError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)
 
-        return Compiled(
-            backends.compile(graph, backend, None, "cpu"), signature, captures, None, {}, loaded_as="rebuilt"
+
+def _check_counts(graph, signature, listed, stored) -> None:
+    """What indexes each other must fit."""
+    inputs = len(signature.in_vals) + len(listed)
+    outputs = sum(x is TENSOR for x in signature.out_leaves)
+    arguments = sum(x is TENSOR for x in signature.in_leaves)
+    found = (len(graph.inputs), len(graph.outputs), len(stored), arguments)
+    if found != (inputs, outputs, len(listed), len(signature.in_vals)):
+        raise serial.SerialError("its graph does not fit its signature")
+
+
+def _native(members, graph, literals, target) -> backends.Program:
+    """The program of stored kernels: the only way by which code from a file runs."""
+    from fxfunc.codegen.fuse import kernels_of
+
+    native = serial.load(json.loads(members[_NATIVE]), literals)
+    kernels = []
+    for k in kernels_of(native):
+        folder = f"kernels/{k.name}/"
+        kernels.append(
+            launch.read(k, {m.removeprefix(folder): x for m, x in members.items() if m.startswith(folder)})
         )
-    program = Program(graph, manifest["backend"], manifest["target"], eager.emit(graph))
-    return Compiled(program, signature, captures, None, {}, loaded_as="eager")
+    return backends.with_kernels(graph, native, kernels, target)
+
+
+def _rebuilt(graph, backend, target, signature, captures) -> Compiled:
+    wanted = target if backend == "triton" and target.startswith("cuda:") else None
+    graph, backend, target = backends.choose(graph, backend, wanted)
+    program = backends.compile(graph, backend, target)
+    signature = dataclasses.replace(signature, in_vals=tuple(graph.in_vals[: len(signature.in_vals)]))
+    return Compiled(program, signature, captures, None, {}, loaded_as="rebuilt")
 
 
 def _bound(path, listed, stored, given) -> list[Capture]:
@@ -334,7 +394,14 @@ def _checked_members(path: str, archive: zipfile.ZipFile, manifest: dict) -> dic
         )
     out = {}
     for name, row in listed.items():
-        if archive.getinfo(name).file_size != row["size"]:
+        info = archive.getinfo(name)
+        if info.file_size > _LARGEST_RATIO * max(info.compress_size, 1):
+            raise errors.ArtifactError(
+                path=path,
+                what=f"{name} would expand from {info.compress_size} to {info.file_size} bytes",
+                instead="It was not written by fxfunc.",
+            )
+        if info.file_size != row["size"]:
             raise errors.ArtifactError(
                 path=path,
                 what=f"{name} has another size than its manifest says",
