@@ -8,3 +8,4 @@ import os
 DUMP: str | None = os.environ.get("FXFUNC_DUMP") or None
 # FXFUNC_DEBUG=n: 1 prints choices and fallbacks, 2 passes too and verifies every graph, 3 graphs, 4 kernels.
 DEBUG: int = int(os.environ.get("FXFUNC_DEBUG") or 0)
+VERIFY: bool = DEBUG >= 2  # the tests switch it on
