@@ -154,6 +154,8 @@ def sign(x: Size) -> int | None:
     shifted = _shift(x)
     coefficients = [c for _, c in terms_of(shifted)]
     constant = dict(terms_of(shifted)).get((), 0)
+    if abs(constant) > 2**62:  # no size comes near: C++ writes the largest integer for "to the end"
+        return 1 if constant > 0 else -1
     if all(c >= 0 for c in coefficients) and constant > 0:
         return 1
     if all(c <= 0 for c in coefficients) and constant < 0:

@@ -1,7 +1,8 @@
 """Making region nodes in normal form. Entry points: `emit_map` and `emit_scan`.
 
-Whatever in a body depends on no mapped (or looped) input is computed outside, so every value inside a map depends on the
-mapped axis: a residual of a map is always stacked for a reason, and cotangents of invariants are never broadcast.
+Whatever in a body depends on no mapped (or looped) input is computed outside, and an operand that repeats one value along
+the axis is not mapped. So every value inside a map depends on the mapped axis: a residual of a map is always stacked for a
+reason, and cotangents of invariants are never broadcast.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ from . import errors
 from .dims import Size
 from .graph import Graph, cone, extract, map_, reached, scan
 from .record import Builder, Value, aten
+from .simplify import made_by, number
 
 
 def emit_map(
     b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error"
 ) -> list[Value]:
     """The results of mapping a body, in order."""
-    starts = [n for n, m in zip(body.inputs, mapped, strict=True) if m]
+    repeated = [_repeats(x) if m else None for x, m in zip(operands, mapped, strict=True)]
+    operands = [x if r is None else r for x, r in zip(operands, repeated, strict=True)]
+    starts = [n for n, m, r in zip(body.inputs, mapped, repeated, strict=True) if m and r is None]
     varying = varying_in(body, starts)
     given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
     if any(n in varying and kind == "once" for n, kind in zip(body.outputs, outs, strict=True)):
         raise errors.BadOutDims(what="out_dims is None for an output that depends on a mapped input")
-    inside = [
-        i for i, n in enumerate(body.outputs) if n in varying and not (n in starts and outs[i] == "stack")
-    ]
+    wanted = list(zip(body.outputs, outs, strict=True))
+    inside = _distinct(w for w in wanted if w[0] in varying and not (w[0] in starts and w[1] == "stack"))
     values = {}
     if inside or body.draws:
-        inner, inputs = _inner(body, varying, starts, [body.outputs[i] for i in inside])
+        inner, inputs = _inner(body, varying, starts, [n for n, _ in inside])
         flags = tuple(n in varying for n in inputs)
         values = b.emit(
             map_,
@@ -36,15 +39,31 @@ def emit_map(
             {
                 "length": length,
                 "mapped": flags,
-                "outs": tuple(outs[i] for i in inside),
+                "outs": tuple(kind for _, kind in inside),
                 "randomness": randomness,
             },
         )
         values = dict(zip(inside, values, strict=True))
     return [
-        values[i] if i in values else given[n] if n in starts else _repeated(given[n], outs[i], length)
-        for i, n in enumerate(body.outputs)
+        values[n, kind]
+        if (n, kind) in values
+        else given[n]
+        if n in starts
+        else _repeated(given[n], kind, length)
+        for n, kind in wanted
     ]
+
+
+def _repeats(x: Value) -> Value | None:
+    """What a value repeats along axis 0, if it is known to."""
+    if (n := number(x)) is not None:
+        return x.full(x.shape[1:], n)
+    made = made_by(x, aten.expand.default)
+    if made and made[0].ndim < x.ndim:
+        return made[0].expand(x.shape[1:])
+    if made and made[0].shape[0] == 1:
+        return made[0].reshape(made[0].shape[1:]).expand(x.shape[1:])
+    return None
 
 
 def _repeated(value: Value, kind: str, length: Size) -> Value:
@@ -63,23 +82,26 @@ def emit_scan(
     varying = varying_in(body, body.inputs[n:])
     operands = [*consts, *carry, *xs]
     given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
-    inside = [i for i, out in enumerate(body.outputs) if i < m or (out in varying and out not in steps)]
-    outputs = [body.outputs[i] for i in inside]
-    inner, inputs = _inner(body, varying, steps, outputs, always=body.inputs[n : n + m])
+    ys = _distinct(y for y in body.outputs[m:] if y in varying and y not in steps)
+    inner, inputs = _inner(body, varying, steps, [*body.outputs[:m], *ys], always=body.inputs[n : n + m])
     split = [
         [given[i] for i in inputs if i not in varying],
         carry,
         [given[i] for i in inputs if i in steps],
     ]
-    values = iter(b.emit(scan, (inner, *map(tuple, split)), {"length": length, "reverse": reverse}))
+    results = b.emit(scan, (inner, *map(tuple, split)), {"length": length, "reverse": reverse})
+    stacked = dict(zip(ys, results[m:], strict=True)) | {x: given[x] for x in steps}
     return [
-        next(values)
-        if i in inside
-        else given[out]
-        if out in steps
-        else _repeated(given[out], "once" if i in once else "stack", length)
-        for i, out in enumerate(body.outputs)
+        *results[:m],
+        *(
+            stacked[y] if y in stacked else _repeated(given[y], "once" if i in once else "stack", length)
+            for i, y in enumerate(body.outputs[m:], m)
+        ),
     ]
+
+
+def _distinct(xs) -> list:
+    return list(dict.fromkeys(xs))
 
 
 def varying_in(body: Graph, starts) -> set[Node]:
