@@ -255,9 +255,11 @@ class Lowered:
 
         Raises BackendError naming what the backend cannot take.
         """
-        device = next((v.device.type for v in self.graph.in_vals), "cpu")
-        program = backends.compile(self.graph, backend, target, device)
-        return Compiled(program, self.signature, self.captures, self.graph, self.timings | program.timings)
+        graph, backend, target = backends.choose(self.graph, backend, target)
+        program = backends.compile(graph, backend, target)
+        vals = tuple(graph.in_vals)
+        signature = dataclasses.replace(self.signature, in_vals=vals[: len(self.signature.in_vals)])
+        return Compiled(program, signature, self.captures, graph, self.timings | program.timings)
 
 
 class Compiled:
@@ -277,23 +279,25 @@ class Compiled:
     ):
         self._program, self.signature, self.captures, self._graph = program, signature, captures, graph
         self.timings, self.loaded_as = timings, loaded_as
-        self.backend, self.target, self.graph = program.backend, program.target, program.graph
-        self._closed = [c.tensor for c in captures]
+        self.backend, self.target = program.backend, program.target
+        self.graph, self.native = program.graph, program.native
+        vals = program.graph.in_vals[len(signature.in_vals) :]
+        self._closed = program.call and [c.tensor.to(v.device) for c, v in zip(captures, vals, strict=True)]
 
     @property
     def kernels(self) -> list:
-        """The kernels, each with .name .regs .spills .smem .size."""
+        """The compiled kernels, each with .name .regs .spills .smem .size; none on the eager backend."""
         return self._program.kernels
 
     @entry
     def __call__(self, *args, **kwargs):
-        inputs = [*self.signature.tensors(args, kwargs), *self._closed]
         if self._program.call is None:
             raise errors.BackendError(
                 backend=self.backend,
                 what=f"compiled for {self.target}, which this machine has not",
                 instead="Save it and load it on a machine with that device.",
             )
+        inputs = [*self.signature.tensors(args, kwargs), *self._closed]
         if self._graph is not None:
             return self.signature.outputs(run(self._graph, self._compile, inputs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
