@@ -140,7 +140,8 @@ elementwise(aten.hardsigmoid.default, lambda t, y, a: (a.gt(-3) & a.lt(3)).where
 
 
 def _elu(t, y, a, alpha=1.0, scale=1.0, input_scale=1.0):
-    below = a.lt(0).where(a * input_scale, 0.0)  # exp of a large one would overflow, and torch's second derivative is 0 at 0
+    """exp is kept from large numbers, where it would overflow; torch's second derivative at 0 is 0."""
+    below = a.lt(0).where(a * input_scale, 0.0)
     return a.gt(0).where(t * scale, t * (below.exp() * (alpha * scale * input_scale)))
 
 

@@ -29,10 +29,7 @@ def _unreduce(ct, a, dims=None, keepdim=False, dtype=None):
 
 
 linear(aten.sum.dim_IntList, _unreduce, batch=reduction)
-composite(
-    aten.sum.default,
-    lambda a, dtype=None: a.call(aten.sum.dim_IntList, list(range(a.ndim)), **({"dtype": dtype} if dtype else {})),
-)
+composite(aten.sum.default, lambda a, **dtype: a.call(aten.sum.dim_IntList, list(range(a.ndim)), **dtype))
 
 
 def _count(a, dims):
@@ -48,15 +45,6 @@ composite(aten.mean.dim, _mean)
 composite(aten.mean.default, lambda a, dtype=None: _mean(a, None, False, dtype))
 
 
-def _variance(a, dims, correction, keepdim):
-    centred = a - _mean(a, dims, True)
-    squares = centred * centred.conj()
-    squares = squares.to(_real(a.dtype)) if a.dtype.is_complex else squares
-    return squares.sum(dims_of(a, dims), keepdim) / _at_least_zero(
-        _count(a, dims), 1 if correction is None else correction
-    )
-
-
 def _at_least_zero(count, correction):
     return max(count - correction, 0) if isinstance(count, int) else count - correction
 
@@ -64,7 +52,7 @@ def _at_least_zero(count, correction):
 def _real(dtype):
     import torch
 
-    return {torch.complex64: torch.float32, torch.complex128: torch.float64}[dtype]
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
 
 
 def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
@@ -74,18 +62,15 @@ def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
     return ratio(along, y * _at_least_zero(_count(a, dim), 1 if correction is None else correction))
 
 
-composite(
-    aten.var.correction,
-    lambda a, dim=None, *, correction=None, keepdim=False: _variance(a, dim, correction, keepdim),
-    batch=along("dim"),
-)
-rule(aten.std.correction, jvp=[_std], batch=along("dim"))
-composite(
+def _var(t, y, a, dim=None, *, correction=None, keepdim=False):
+    weight = (a - _mean(a, dim, True)).conj() * 2 / _at_least_zero(_count(a, dim), 1 if correction is None else correction)
+    return (t * weight).to(_real(y.dtype)).sum(dims_of(a, dim), keepdim)
+
+
+rule(aten.var.correction, jvp=[_var], batch=along("dim"))
+rule(
     aten.var_mean.correction,
-    lambda a, dim=None, *, correction=None, keepdim=False: (
-        _variance(a, dim, correction, keepdim),
-        _mean(a, dim, keepdim),
-    ),
+    jvp=[lambda t, y, a, dim=None, **how: (_var(t, y[0], a, dim, **how), _mean(t, dim, how.get("keepdim", False)))],
     batch=along("dim"),
 )
 
@@ -106,7 +91,7 @@ rule(aten.max.default, jvp=[lambda t, y, a: _extremum(t, y, a)], batch=full_redu
 rule(aten.min.default, jvp=[lambda t, y, a: _extremum(t, y, a)], batch=full_reduction(aten.amin.default))
 
 
-def _picked(t, y, a, dim, keepdim=False, **kwargs):
+def _picked(t, y, a, dim=-1, keepdim=False, **kwargs):
     """The tangent at the index that was taken."""
     index = y[1] if keepdim or not a.ndim else y[1].unsqueeze(dim)
     picked = t.builder.emit(aten.gather.default, (t, dim, index))
