@@ -45,15 +45,16 @@ def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph
             backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
         )
     target = target or (default_target() if backend == "triton" else device)
-    _check_target(backend, target)
+    check_target(backend, target)
     if device != target.partition(":")[0]:
         graph = saw("place", place(graph, torch.device("cpu" if target == "cpu" else "cuda:0")))
     return graph, backend, target
 
 
-def _check_target(backend: str, target: str) -> None:
+def check_target(backend: str, target: str) -> None:
+    """Raise BackendError for a target that a backend does not know."""
     known = {"eager": r"cpu|cuda(:\d{2,3})?", "triton": r"cuda:\d{2,3}"}[backend]
-    if not re.fullmatch(known, target):
+    if not re.fullmatch(known, str(target)):
         raise errors.BackendError(
             backend=backend,
             what=f"no such target: {target!r}",

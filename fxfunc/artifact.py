@@ -240,6 +240,7 @@ def load(
         signature = _load_signature(manifest["signature"])
         _check_counts(graph, signature, manifest["captures"], stored)
         target = manifest["target"]
+        backends.check_target("triton" if _NATIVE in members else "eager", target)
         if backend is not None:
             program = None
         elif _NATIVE in members and (trust or key is not None):
@@ -313,6 +314,10 @@ def _bound(path, listed, stored, given) -> list[Capture]:
     out = []
     for c, t in zip(listed, stored, strict=True):
         new = given.get(c["name"], t)
+        if not isinstance(new, torch.Tensor):
+            raise errors.ArtifactError(
+                path=path, what=f"capture {c['name']} is a {type(new).__name__}", instead="Bind a tensor."
+            )
         if (new.shape, new.dtype) != (t.shape, t.dtype):
             raise errors.ArtifactError(
                 path=path,
