@@ -54,11 +54,21 @@ def _table() -> dict[torch._ops.OpOverload, Callable]:
 
 
 BUILTINS = _table()
-# Whether these factor A or its transpose depends on A's strides; the graph reads their factors as those of a dense A.
-_FACTORS = (aten._linalg_det.default, aten._linalg_slogdet.default, aten._linalg_solve_ex.default)
-_DENSE: dict[torch._ops.OpOverload, Callable] = {
-    op: lambda a, *rest, op=op, **kwargs: op(a.contiguous(), *rest, **kwargs) for op in _FACTORS
-}
+# Ops that need dense operands: embedding bags refuse others, and whether a factorisation is that of A or of its transpose
+# depends on A's strides, while the graph reads the factors as those of a dense A.
+_NEED_DENSE = """
+    _linalg_det _linalg_slogdet _linalg_solve_ex _embedding_bag _embedding_bag_dense_backward
+    _embedding_bag_per_sample_weights_backward
+""".split()
+_DENSE: dict[torch._ops.OpOverload, Callable] = {}
+for _op in (getattr(aten, name).default for name in _NEED_DENSE):
+    _DENSE[_op] = lambda *args, op=_op, **kwargs: op(*map(_dense, args), **kwargs)
+
+
+def _dense(x: object) -> object:
+    return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+
 _types: dict[torch._ops.OpOverload, tuple[str, ...]] = {}
 
 
