@@ -20,10 +20,8 @@ def emit_map(
     b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error"
 ) -> list[Value]:
     """The results of mapping a body, in order."""
-    repeated = [_repeats(x) if m else None for x, m in zip(operands, mapped, strict=True)]
-    operands = [x if r is None else r for x, r in zip(operands, repeated, strict=True)]
-    starts = [n for n, m, r in zip(body.inputs, mapped, repeated, strict=True) if m and r is None]
-    varying = varying_in(body, starts)
+    operands, starts = _differing(body.inputs, operands, mapped)
+    varying = _varying(body, starts)
     given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
     if any(n in varying and kind == "once" for n, kind in zip(body.outputs, outs, strict=True)):
         raise errors.BadOutDims(what="out_dims is None for an output that depends on a mapped input")
@@ -54,6 +52,13 @@ def emit_map(
     ]
 
 
+def _differing(inputs, operands, mapped) -> tuple[list[Value], list[Node]]:
+    """The operands, one value in place of each that repeats it, and the inputs whose operands are still mapped."""
+    repeated = [_repeats(x) if m else None for x, m in zip(operands, mapped, strict=True)]
+    starts = [n for n, m, r in zip(inputs, mapped, repeated, strict=True) if m and r is None]
+    return [x if r is None else r for x, r in zip(operands, repeated, strict=True)], starts
+
+
 def _repeats(x: Value) -> Value | None:
     """What a value repeats along axis 0, if it is known to."""
     if (n := number(x)) is not None:
@@ -73,13 +78,11 @@ def _repeated(value: Value, kind: str, length: Size) -> Value:
     return value.expand([length, *value.shape]) if kind == "stack" else value.call(aten.mul.Tensor, length)
 
 
-def emit_scan(
-    b: Builder, body: Graph, consts, carry, xs, length: Size, reverse: bool = False, once=()
-) -> list[Value]:
-    """The results of a scan: carry, then ys: stacked, or as they are for the outputs `once`, which do not vary."""
+def emit_scan(b: Builder, body: Graph, consts, carry, xs, length: Size, reverse: bool = False) -> list[Value]:
+    """The results of a scan: carry, then stacked ys."""
     n, m = len(consts), len(carry)
-    steps = body.inputs[n + m :]
-    varying = varying_in(body, body.inputs[n:])
+    xs, steps = _differing(body.inputs[n + m :], xs, [True] * len(xs))
+    varying = _varying(body, [*body.inputs[n : n + m], *steps])
     operands = [*consts, *carry, *xs]
     given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
     ys = _distinct(y for y in body.outputs[m:] if y in varying and y not in steps)
@@ -93,10 +96,7 @@ def emit_scan(
     stacked = dict(zip(ys, results[m:], strict=True)) | {x: given[x] for x in steps}
     return [
         *results[:m],
-        *(
-            stacked[y] if y in stacked else _repeated(given[y], "once" if i in once else "stack", length)
-            for i, y in enumerate(body.outputs[m:], m)
-        ),
+        *(stacked[y] if y in stacked else _repeated(given[y], "stack", length) for y in body.outputs[m:]),
     ]
 
 
@@ -104,7 +104,7 @@ def _distinct(xs) -> list:
     return list(dict.fromkeys(xs))
 
 
-def varying_in(body: Graph, starts) -> set[Node]:
+def _varying(body: Graph, starts) -> set[Node]:
     """What differs from one step or example to another: all that depends on the starts or on a draw."""
     return reached(body.nodes, [*starts, *body.draws])
 

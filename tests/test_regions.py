@@ -511,6 +511,10 @@ def check_regions(graph):
 RESIDUALS = {
     "unmapped weights": lambda x, w, s: fxfunc.vmap(loss, (0, None))(x, w).sum(),
     "weights computed on": lambda x, w, s: fxfunc.vmap(lambda a: loss(a, w.sin() @ w) * w.prod())(x).sum(),
+    "derivative of invariants": lambda x, w, s: fxfunc.vmap(lambda a: torch.xlogy(a, w[0].exp()))(x).sum(),
+    "derivative of invariants of a loop": lambda x, w, s: fxfunc.scan(
+        lambda h, a: (torch.xlogy(h, w[0].exp()) + a, None), w[1], x
+    )[0].sum(),
     "power": lambda x, w, s: fxfunc.vmap(lambda a: (a.abs() + 1) ** w[0].abs())(x).sum(),
     "lerp": lambda x, w, s: fxfunc.vmap(lambda a: torch.lerp(a, a.sin(), w[0]))(x).sum(),
     "where": lambda x, w, s: fxfunc.vmap(lambda a: torch.where(w[0] > 0.5, a * w[1], w[0].sin()))(x).sum(),

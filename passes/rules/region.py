@@ -9,9 +9,9 @@ from .. import transpose as reverse
 from ..errors import MissingRule
 from ..graph import Graph, custom, extract, linear_call, map_, scan
 from ..jvp import Dual, Jvp, instantiate
-from ..linearize import Linearized, linearize
+from ..linearize import linearize
 from ..record import Builder, Value
-from ..regions import emit_map, emit_scan, varying_in
+from ..regions import emit_map, emit_scan
 from ..simplify import SIMPLIFY
 from .table import Undefined
 
@@ -46,19 +46,12 @@ def _map_jvp(jvp: Jvp, args, kwargs):
     t_mapped = [m for m, z in zip(mapped, nonzero, strict=True) if z]
 
     cut = linearize(body, nonzero, reverse=jvp.reverse)
-    r_mapped = _varying_residuals(cut, [n for n, m in zip(cut.primal.inputs, mapped, strict=True) if m])
-    r_kinds = ["stack" if m else "once" for m in r_mapped]
-    results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *r_kinds], length, randomness)
+    r_mapped, r_outs = [True] * cut.residuals, ["stack"] * cut.residuals
+    results = emit_map(jvp.b, cut.primal, primals, mapped, [*outs, *r_outs], length, randomness)
     kinds = [kind for kind, z in zip(outs, cut.nonzero_out, strict=True) if z]
     operands = results[cut.count :] + tangents
     out_tangents = emit_map(jvp.b, cut.linear, operands, r_mapped + t_mapped, kinds, length, randomness)
     return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
-
-
-def _varying_residuals(cut: Linearized, starts) -> list[bool]:
-    """Which residuals of a body differ from one example (or step) to another."""
-    varying = varying_in(cut.primal, starts)
-    return [n in varying for n in cut.primal.outputs[cut.count :]]
 
 
 def _map_transpose(b: Builder, cts, args, kwargs):
@@ -132,13 +125,11 @@ def _scan_jvp(jvp: Jvp, args, kwargs):
     cut = linearize(body, tuple(nonzero), reverse=jvp.reverse)
     cut = _with_carry_tangents(cut, nonzero[nc : nc + nk], nc, nk)
     primals = [d.p for d in duals]
-    varies = _varying_residuals(cut, cut.primal.inputs[nc:])
-    once = [cut.count + k for k, v in enumerate(varies) if not v]
     parts = primals[:nc], primals[nc : nc + nk], primals[nc + nk :]
-    results = emit_scan(jvp.b, cut.primal, *parts, **kwargs, once=once)
+    results = emit_scan(jvp.b, cut.primal, *parts, **kwargs)
     tangents = [(instantiate(d.t, d.p), i) for i, (d, z) in enumerate(zip(duals, nonzero, strict=True)) if z]
     values = [*results[cut.count :], *(t for t, _ in tangents)]
-    part = [2 if v else 0 for v in varies] + [0 if i < nc else 1 if i < nc + nk else 2 for _, i in tangents]
+    part = [2] * cut.residuals + [0 if i < nc else 1 if i < nc + nk else 2 for _, i in tangents]
     linear, groups = _grouped(cut.linear, values, part)
     return _zip(results[: cut.count], emit_scan(jvp.b, linear, *groups, **kwargs), cut.nonzero_out)
 
