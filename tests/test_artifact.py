@@ -335,17 +335,18 @@ def test_backends_of_a_load(for_gpu, saved):
 # ----- files that are wrong -------------------------------------------------------------------------------------------
 
 
-def rewrite(path, change, manifest_change=None):
-    """Change members of an artifact and write digests that fit, as someone would who means harm."""
+def rewrite(path, change, manifest_change=None, digests=True):
+    """Change members of an artifact, and unless told otherwise write digests that fit, as someone would who means harm."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
-    manifest = json.loads(members["manifest.json"])
-    for name in set(manifest["members"]) & set(members):
-        data = members[name]
-        manifest["members"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (manifest_change or (lambda m: None))(manifest)
-    members["manifest.json"] = json.dumps(manifest).encode()
+    if digests:
+        manifest = json.loads(members["manifest.json"])
+        for name in set(manifest["members"]) & set(members):
+            data = members[name]
+            manifest["members"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (manifest_change or (lambda m: None))(manifest)
+        members["manifest.json"] = json.dumps(manifest).encode()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -368,30 +369,31 @@ def test_a_truncated_file_is_refused_at_any_length(saved):
         refused(saved)
 
 
-def test_a_changed_byte_is_refused_anywhere_in_any_member(saved):
-    whole = saved.read_bytes()
-    with zipfile.ZipFile(saved) as archive:
-        places = [
-            (i.filename, i.header_offset + 30 + len(i.filename), i.compress_size) for i in archive.infolist()
-        ]
-    assert {"manifest.json", "manifest.hmac", "graph.json", "constants/0"} <= {name for name, *_ in places}
-    for _, start, size in places:
-        for at in {start, start + size // 3, start + size // 2, start + size - 1}:
-            saved.write_bytes(whole[:at] + bytes([whole[at] ^ 3]) + whole[at + 1 :])
-            refused(saved, key=b"secret")
+def test_a_changed_byte_of_the_file_never_gives_another_answer(saved):
+    whole, (x, c) = saved.read_bytes(), (torch.randn(2, 3), torch.randn(3))
+    expected, refusals = fxfunc.load(saved)(x, c), 0
+    for place in range(0, len(whole), max(len(whole) // 150, 1)):
+        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 0x21]) + whole[place + 1 :])
+        try:
+            assert torch.equal(fxfunc.load(saved, key=b"secret")(x, c), expected)  # a date, padding
+        except ArtifactError:
+            refusals += 1
+    assert refusals > 100
 
 
-@pytest.mark.parametrize("at", range(0, 120, 7))
-def test_a_changed_directory_never_gives_another_answer(saved, at):
-    whole, (x, c) = saved.read_bytes(), (torch.ones(2, 3), torch.ones(3))
-    expected = fxfunc.load(saved)(x, c)
-    place = len(whole) - 1 - at
-    saved.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-    try:
-        answer = fxfunc.load(saved)(x, c)
-    except ArtifactError:
-        return
-    assert torch.equal(answer, expected)
+@pytest.mark.parametrize("member", ["manifest.json", "manifest.hmac", "graph.json", "constants/0"])
+def test_a_changed_byte_of_a_member_is_refused(saved, member):
+    for part in (0.0, 0.4, 0.999):
+        whole = saved.read_bytes()
+        rewrite(saved, lambda m, part=part: m.update({member: changed(m[member], part)}), digests=False)
+        refused(saved, None if member.startswith("manifest") else f"{member} was altered", key=b"secret")
+        saved.write_bytes(whole)
+
+
+def changed(data, part):
+    """The bytes with one of them another."""
+    at = int(len(data) * part)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def test_what_is_no_artifact_is_refused(tmp_path):
