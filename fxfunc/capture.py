@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfunc.codegen import eager
 from fxfunc.passes import errors
+from fxfunc.passes.dump import saw
 from fxfunc.passes.graph import Graph, Val
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize
@@ -76,11 +77,12 @@ def check_tensors(transform: str, leaves) -> None:
 
 
 def capture(
-    function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, refuse=True
+    function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, **writable
 ) -> Captured:
     """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
 
     tracks: for each of them, whether the code sees `requires_grad == True`. randomness: that of an enclosing vmap.
+    writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
     """
     recorder = Recorder()
     recorder.randomness = randomness
@@ -89,7 +91,7 @@ def capture(
         tracers = iter([recorder.input(v, "x", next(flags, False)) for v in in_vals])
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
-        graph = recorder.finish([x for x in out_leaves if is_tensor(x)], refuse=refuse)
+        graph = saw("capture", recorder.finish([x for x in out_leaves if is_tensor(x)], **writable))
     captures = [(t, source) for t, _, source in recorder.captures.values()]
     return Captured(
         graph,
@@ -128,6 +130,7 @@ def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tenso
             instead="Use fxfunc.jvp for forward-mode derivatives.",
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        tensors = [t.clone() if i in graph.written else t for i, t in enumerate(tensors)]  # saved for backward
         return list(_Differentiable.apply(graph, compile_, *tensors))
     with torch.no_grad():
         return compile_(graph)(list(tensors))
@@ -192,6 +195,36 @@ class _Differentiable(torch.autograd.Function):
             shares = ctx.compile(graph)([*residuals, *(cts[j] for j in given)])
         shares = iter(shares)
         return (None, None, *(next(shares) if z else None for z in ctx.nonzero))
+
+
+def write_back(graph: Graph, inputs: list[torch.Tensor], results: list, first: int = 0) -> list:
+    """Store the new values of written inputs; the results, safe from these writes.
+
+    The outputs of `graph`, of which the new values are the last, are in `results` from `first` on. Autograd sees the writes
+    as it would see those of the function.
+    """
+    if not graph.written:
+        return results
+    written = [inputs[i] for i in graph.written]
+    for w in written:
+        if sum(t is w or torch._C._is_alias_of(t, w) for t in inputs) > 1:
+            raise errors.NotSupported(
+                what="writing in place to a tensor that shares memory with another input",
+                instead="Pass a clone of one of them.",
+            )
+    results = [r.clone() if r is not None and _shares(r, written) else r for r in results]
+    end = first + len(graph.outputs)
+    new = results[end - len(written) : end]
+    for w, value in zip(written, new, strict=True):
+        leaf = current() is None and w.requires_grad and w.is_leaf  # then the function wrote under no_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not leaf):
+            w.copy_(value)
+    return results
+
+
+def _shares(t: torch.Tensor, others) -> bool:
+    """Whether writing to one of the others may change t; a tracer does not tell."""
+    return current() is not None or any(torch._C._is_alias_of(t, other) for other in others)
 
 
 def vals_of(leaves) -> list[Val]:

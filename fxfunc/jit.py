@@ -15,11 +15,10 @@ from fxfunc.codegen import backends
 from fxfunc.codegen.backends import Program
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim
-from fxfunc.passes.dump import saw
 from fxfunc.passes.graph import Graph, Val, typed
 from fxfunc.passes.trace import current, val_of
 
-from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of
+from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of, write_back
 from .entry import entry
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
@@ -117,7 +116,7 @@ class _Jit:
         key = (tree, static, tuple(map(_leaf_key, leaves)), _modes())
         entry, closures = self._entry(key, f, leaves, tree, tensors)
         results = run(entry.captured.graph, _compile_with(entry), [*tensors, *closures])
-        return self._written_back(entry, tensors + closures, results)
+        return entry.captured.outputs(write_back(entry.captured.graph, tensors + closures, results))
 
     def _entry(self, key, f, leaves, tree, tensors):
         entry = self._entries.get(key)
@@ -129,7 +128,12 @@ class _Jit:
         self._misses += 1
         guards = Guards.of(f)
         captured = capture(
-            f, leaves, tree, vals_of(leaves), tracks=[t.requires_grad for t in tensors], refuse=False
+            f,
+            leaves,
+            tree,
+            vals_of(leaves),
+            tracks=[t.requires_grad for t in tensors],
+            writable=lambda i: True,
         )
         entry = self._entries[key] = _Entry(captured, guards)
         while self.cache_size is not None and len(self._entries) > self.cache_size:
@@ -157,15 +161,6 @@ class _Jit:
             tuple(sorted((k, type(v), typed(v, None)) for k, v in named.items())),
         )
         return f, rest, {k: v for k, v in kwargs.items() if k not in named}, key
-
-    def _written_back(self, entry: _Entry, inputs, results):
-        written = entry.captured.graph.written
-        if written:
-            results, new = results[: -len(written)], results[-len(written) :]
-            with torch.no_grad():
-                for i, value in zip(written, new, strict=True):
-                    inputs[i].copy_(value)
-        return entry.captured.outputs(results)
 
     def lower(self, *args, **kwargs) -> Lowered:
         """Capture for these arguments (tensors, `spec`s for symbolic sizes, plain values) without running."""
@@ -238,7 +233,7 @@ class Lowered:
     closes over (name, shape, dtype, the user's line, the tensor)."""
 
     def __init__(self, captured: Captured, signature: Signature, timings: dict[str, float]):
-        self.graph: Graph = saw("captured", captured.graph)
+        self.graph: Graph = captured.graph
         self.signature, self.timings = signature, timings
         nodes = self.graph.inputs[len(signature.in_vals) :]
         self.captures = [

@@ -24,7 +24,7 @@ from fxfunc.passes.rules.region import differentiate, transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import val_of
 
-from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of
+from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of, write_back
 from .entry import entry
 
 # ----- arguments ------------------------------------------------------------------------------------------------------
@@ -65,7 +65,12 @@ class _Call:
         self.marked = tuple(m for m, x in zip(marked, self.leaves, strict=True) if is_tensor(x))
         self._check()
         self.captured: Captured = capture(
-            function, self.leaves, self.spec, vals_of(self.leaves), tracks=self.marked if reverse else ()
+            function,
+            self.leaves,
+            self.spec,
+            vals_of(self.leaves),
+            tracks=self.marked if reverse else (),
+            writable=lambda i: i < len(self.marked) and not self.marked[i],
         )
         self.graph = self.captured.graph
         self.nonzero = self.marked + (False,) * len(self.captured.captures)
@@ -163,6 +168,7 @@ def _grad_and_value(transform: str, f, argnums, has_aux, args, kwargs):
     split = _scalar(transform, call.captured, has_aux)
     results = execute(_grad_graph(call.graph, call.nonzero), call.inputs)
     count = sum(call.marked)
+    results = write_back(call.graph, call.inputs, results, count)
     value, aux = split(results[count:])
     return call.unflatten(results[:count]), value, aux
 
@@ -238,6 +244,7 @@ def vjp(f: Callable, *primals, has_aux: bool = False):
     count = _count_outputs("vjp", marks)
     cut = _cut(call.graph, call.nonzero, True)
     results = execute(cut.primal, call.inputs)
+    results = write_back(call.graph, call.inputs, results)
     outs, residuals = results[: cut.count], results[cut.count :]
     value, aux = split(outs)
     out_leaves, out_spec = pytree.tree_flatten(value)
@@ -315,6 +322,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, h
     marks, split = _split_aux("jvp", call.captured, has_aux)
     count = _count_outputs("jvp", marks)
     results = execute(_jvp_graph(call.graph, call.nonzero, count), [*call.inputs, *given])
+    results = write_back(call.graph, call.inputs, results)
     n = len(call.graph.outputs)
     value, aux = split(results[:n])
     tangent, _ = split(results[n:] + results[count:n])
@@ -328,6 +336,7 @@ def linearize(f: Callable, *primals):
     cut = _cut(call.graph, call.nonzero, False)
     _count_outputs("linearize", _split_aux("linearize", call.captured, False)[0])
     results = execute(cut.primal, call.inputs)
+    results = write_back(call.graph, call.inputs, results)
     outs, residuals = results[: cut.count], results[cut.count :]
     leaves, spec = pytree.tree_flatten(primals)
     vals = [val_of(t) for t in call.tensors]
@@ -438,8 +447,9 @@ def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs):
     call = _Call(transform, f, args, kwargs, argnums, reverse=transform == "jacrev")
     marks, split = _split_aux(transform, call.captured, has_aux)
     count = _count_outputs(transform, marks)
-    results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)
     width = sum(call.marked)
+    results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)
+    results = write_back(call.graph, call.inputs, results, count * width)
     rows = [call.unflatten(results[j * width : (j + 1) * width]) for j in range(count)]
     value, aux = split(results[count * width :])
     leaves, spec = pytree.tree_flatten(value)
@@ -534,26 +544,18 @@ def _vmap(func, in_dims, out_dims, randomness, args, kwargs):
         if is_tensor(x):
             v = val_of(x)
             vals.append(v if d is None else Val(v.shape[:d] + v.shape[d + 1 :], v.dtype, v.device))
-    captured = capture(func, leaves, spec, vals, randomness=randomness, refuse=False)
     tensors = [x for x in leaves if is_tensor(x)]
     tensor_dims = [d for x, d in zip(leaves, dims, strict=True) if is_tensor(x)]
-    written = _written_args(captured, tensor_dims)
-    out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in written]
+    mapped = [d is not None for d in tensor_dims]
+    captured = capture(
+        func, leaves, spec, vals, randomness=randomness, writable=lambda i: i < len(mapped) and mapped[i]
+    )
+    out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in captured.graph.written]
     graph = _map_graph(
         captured.graph, tuple(tensor_dims), tuple(out), length, randomness, tuple(vals_of(leaves))
     )
     results = execute(graph, tensors + captured.captures)
-    for i, value in zip(written, results[len(results) - len(written) :], strict=True):
-        tensors[i].copy_(value)
-    return captured.outputs(results)
-
-
-def _written_args(captured: Captured, dims) -> tuple[int, ...]:
-    """The mapped arguments that the function writes to in place; writing to anything else raises."""
-    for i in captured.graph.written:
-        if i >= len(dims) or dims[i] is None:
-            raise errors.MutatedCapture(op="the mapped function")
-    return captured.graph.written
+    return captured.outputs(write_back(captured.graph, tensors + captured.captures, results))
 
 
 @rewriting
@@ -582,7 +584,7 @@ def _in_dims(in_dims, args, kwargs, leaves) -> list[int | None]:
         raise errors.BadInDims(
             what=f"in_dims {in_dims!r} does not match the structure of the {len(args)} arguments"
         )
-    flat = [*flat, *(0 if is_tensor(x) else None for x in pytree.tree_leaves(kwargs))]
+    flat = [*flat, *(None for _ in pytree.tree_leaves(kwargs))]
     return [_checked_dim(d, x, in_dims) for d, x in zip(flat, leaves, strict=True)]
 
 

@@ -7,6 +7,7 @@ on the edges from no_grad to grad, and ops with many spellings get one (view -> 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch.fx import Node
@@ -20,16 +21,16 @@ from .record import Builder, Value
 aten = torch.ops.aten
 
 
-def functionalize(raw: Graph, *, writable: int = 0, refuse: bool = True) -> Graph:
-    """The functional graph. Writes to inputs raise, unless `refuse` is False: then the new values of all written
+def functionalize(raw: Graph, *, writable: Callable[[int], bool] = lambda i: False) -> Graph:
+    """The functional graph. Writes to input i raise, unless `writable(i)`: then the new values of all written
     inputs are appended to the outputs, and `graph.written` says which inputs they are."""
     walk = _Walk(raw)
     for n in raw.nodes:
         walk.step(n)
     outputs = [None if n is None else walk.read(n, True) for n in raw.outputs]
     written = [i for i, n in enumerate(raw.inputs) if walk.version.get(n)]
-    if written and refuse:
-        node = walk.writer[raw.inputs[written[0]]]
+    for i in (i for i in written if not writable(i)):
+        node = walk.writer[raw.inputs[i]]
         raise errors.MutatedCapture(op=node.target, source=node.meta.get("source"))
     graph = walk.b.finish(outputs + [walk.read(raw.inputs[i], True) for i in written])
     graph.written = tuple(written)

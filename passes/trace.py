@@ -290,9 +290,8 @@ def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
     *out, new_mean, new_var = call(
         aten._native_batch_norm_legit_functional.default, x, w, b, mean, var, True, momentum, eps
     )
-    new_mean.tracks = new_var.tracks = False
-    call(aten.copy_.default, mean, new_mean)
-    call(aten.copy_.default, var, new_var)
+    for statistics, new in ((mean, new_mean), (var, new_var)):
+        call(aten.copy_.default, statistics, recorder.emit(stop_gradient, (new.value,)))
     return tuple(out)
 
 
