@@ -1,0 +1,160 @@
+"""The eager backend: what it calls, what it frees, what its results may share memory with."""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+
+import pytest
+import torch
+from rule_cases import CASES
+from rule_harness import SIZES, Problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxfunc
+from fxfunc.codegen import calls, eager
+from fxfunc.passes.pipeline import for_aten, lowered
+
+
+class Calls(TorchDispatchMode):
+    """Notes the overloads that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def graph_of(f, *args):
+    return for_aten(lowered(fxfunc.make_graph(f)(*args)))
+
+
+def called(graph, inputs) -> list:
+    program, mode = eager.emit(graph), Calls()
+    torch.manual_seed(0)
+    with mode:
+        program([x.clone() for x in inputs])
+    return mode.seen
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_builtin_makes_the_very_calls_of_the_overload(case, monkeypatch):
+    """Through torch's own functions and through the overloads, a program dispatches to the same ops."""
+    p = Problem(case, SIZES[0])
+    programs = [(p.f, p.args)]
+    if not p.empty:
+        programs.append((lambda xs, cts: fxfunc.vjp(p.g, *xs)[1](cts), (p.xs, p.cts)))
+    for f, args in programs:
+        graph = graph_of(f, *args)
+        inputs = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        captures = fxfunc.jit(f).lower(*args).captures
+        inputs += [c.tensor for c in captures]
+        fast = called(graph, inputs)
+        with monkeypatch.context() as m:
+            m.setattr(calls, "BUILTINS", {})
+            assert fast == called(graph, inputs)
+        assert fast or not graph.nodes
+
+
+def x(*shape) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_values_are_freed_after_their_last_use():
+    """The peak of a chain is three tensors: a value, its successor and the input."""
+    live, peak = 0, 0
+
+    def made(out):
+        nonlocal live, peak
+        live += 1
+        peak = max(peak, live)
+
+        def gone():
+            nonlocal live
+            live -= 1
+
+        weakref.finalize(out, gone)
+        return out
+
+    def chain(v):
+        for _ in range(10):
+            v = v.sin()
+        return v.sum()
+
+    program = eager.emit(graph_of(chain, x(4)))
+    scope = program.__globals__
+    (name,) = [k for k in scope if "sin" in k]
+    sin = scope[name]
+    scope[name] = lambda v: made(sin(v))
+    program([x(4)])
+    assert peak == 2
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda v: (v, v),
+        lambda v: (v.sin(),) * 2,
+        lambda v: (v.sin(), v.sin().reshape(-1)),
+        lambda v: (torch.ones(3), torch.ones(3)),
+        lambda v: (v.exp()[0], v.exp()[1]),
+    ],
+)
+def test_outputs_share_memory_with_inputs_alone(f):
+    v = x(2, 3)
+    outs = fxfunc.jit(f)(v)
+    own = [o for o in outs if o is not v and o.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()]
+    storages = [o.untyped_storage().data_ptr() for o in own]
+    assert len(set(storages)) == len(storages)
+    for o in own:
+        o.fill_(7)
+    assert all(torch.equal(a, b) for a, b in zip(fxfunc.jit(f)(v), f(v), strict=True))
+
+
+def test_an_output_that_is_an_input_is_that_tensor_and_views_share_its_memory():
+    v = x(2, 3)
+    same, view = fxfunc.jit(lambda v: (v, v.reshape(-1)))(v)
+    assert same is v and view.data_ptr() == v.data_ptr()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_grad_mode_and_autocast_are_left_as_they_were(enabled):
+    f = fxfunc.jit(lambda v: torch.linalg.cholesky_ex(v, check_errors=False)[0] @ v)
+    with torch.set_grad_enabled(enabled), torch.autocast("cpu", dtype=torch.bfloat16):
+        f(torch.eye(2))
+        assert torch.is_grad_enabled() is enabled and torch.is_autocast_enabled("cpu")
+
+
+def test_a_failing_program_restores_grad_mode_and_shows_its_line():
+    program = eager.emit(graph_of(lambda a, b: (a @ b).sin(), x(2, 3), x(3, 2)))
+    with pytest.raises(RuntimeError) as e:
+        program([x(2, 3), x(4, 2)])
+    assert torch.is_grad_enabled()
+    assert "torch_mm(" in "".join(traceback.format_exception(e.value))
+
+
+def test_results_are_ordinary_tensors():
+    with torch.inference_mode(False):
+        out = fxfunc.jit(lambda v: v * 2)(x(3))
+    assert not out.is_inference() and not out.requires_grad and out.grad_fn is None
+
+
+def test_symbolic_sizes_are_read_off_the_inputs():
+    n = fxfunc.Dim("n")
+    spec = fxfunc.spec(x(4, 3), {0: n})
+    compiled = (
+        fxfunc.jit(lambda v: (v.mean(0), v.reshape(-1), torch.ones(v.shape[0]))).lower(spec).compile("eager")
+    )
+    for size in (0, 1, 2, 7):
+        v = x(size, 3)
+        for ours, theirs in zip(compiled(v), (v.mean(0), v.reshape(-1), torch.ones(size)), strict=True):
+            assert torch.allclose(ours, theirs, equal_nan=True)
+
+
+def test_a_scan_is_a_loop_and_not_unrolled():
+    f = lambda v: fxfunc.scan(lambda c, s: (c * s, c), v[0], v)
+    lines = [len(eager.source(graph_of(f, x(n, 3))).splitlines()) for n in (3, 30)]
+    assert lines[0] == lines[1] < 30

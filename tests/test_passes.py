@@ -1,0 +1,169 @@
+"""Rewrites as pairs (before, after) of which the answer is the same, and the verifier."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fxfunc
+from fxfunc.passes import dims, errors
+from fxfunc.passes.graph import Graph
+from fxfunc.passes.pipeline import for_aten, lowered
+from fxfunc.passes.verify import verify
+
+A = torch.tensor([[1.5, -0.0, math.inf], [math.nan, -2.0, 0.0]], dtype=torch.float64)
+S = torch.tensor([[0.5, -1.0], [2.0, 3.0]], dtype=torch.float64)
+
+
+def ops(f, *args, backend=lambda g: g) -> list[str]:
+    """The calls left of a function, in order, without their namespace."""
+    graph = backend(lowered(fxfunc.make_graph(f)(*args)))
+    return [str(n.target).split("aten.")[-1] for n in graph.nodes]
+
+
+def same(f, *args) -> None:
+    """The compiled answer is that of torch, special values and signs of zero included."""
+    ours, theirs = fxfunc.jit(f)(*args), f(*args)
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    kept = ~theirs.isnan()
+    assert torch.equal(ours[kept], theirs[kept])
+    assert torch.equal(torch.signbit(ours)[kept], torch.signbit(theirs)[kept])
+
+
+# before -> what is left of it
+SIMPLER = {
+    "x*1": (lambda a: (a * 1).sin(), ["sin.default"]),
+    "x/1": (lambda a: (a / 1).sin(), ["sin.default"]),
+    "x**1": (lambda a: (a**1).sin(), ["sin.default"]),
+    "x**2": (lambda a: a**2, ["mul.Tensor"]),
+    "--x": (lambda a: a.neg().neg().sin(), ["sin.default"]),
+    "x*-1": (lambda a: a * -1, ["neg.default"]),
+    "x*c*d": (lambda a: a * 2.0 * 4.0, ["mul.Tensor"]),
+    "-x*c": (lambda a: -a * 2.0, ["mul.Tensor"]),
+    "a+-b": (lambda a: a.sin() + -a, ["sin.default", "sub.Tensor"]),
+    "-a+b": (lambda a: -a + a.sin(), ["sin.default", "sub.Tensor"]),
+    "x*full": (lambda a: a * torch.full((2, 3), 2.0, dtype=a.dtype), ["mul.Tensor"]),
+    "views": (lambda a: a.reshape(6).reshape(3, 2).t().t().reshape(2, 3).sin(), ["sin.default"]),
+    "expand": (lambda a: a.sin()[None].expand(4, 2, 3) * 2.0 + 0.0, None),
+    "cse": (lambda a: a.sin() * a.sin(), ["sin.default", "mul.Tensor"]),
+    "dead": (lambda a: (a.cos(), a.sin())[1], ["sin.default"]),
+    "cast": (lambda a: a.to(torch.float64).double().sin(), ["sin.default"]),
+    "sum of one": (lambda a: a[1:].sum(0).sin(), ["slice.Tensor", "reshape.default", "sin.default"]),
+}
+
+
+@pytest.mark.parametrize("name", SIMPLER)
+def test_rewrite_leaves_less_and_the_same_answer(name):
+    f, left = SIMPLER[name]
+    same(f, A)
+    if left is not None:
+        assert ops(f, A) == left
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda a: a * 0,  # inf * 0 is nan
+        lambda a: a + 0.0,  # -0.0 + 0.0 is 0.0
+        lambda a: a - a,
+        lambda a: a / a,
+        lambda a: 0 / a,
+        lambda a: a * 0.0 + 1,
+        lambda a: a**0,
+        lambda a: torch.where(a > 0, a, a),
+        lambda a: (a * 1e200) * 1e-200,
+        lambda a: (a * 1e300) * 1e300,
+        lambda a: a.to(torch.float32).to(torch.float64),
+        lambda a: -(a - a.sin()),
+        lambda a: 0.0 - a,
+    ],
+)
+def test_no_rewrite_changes_special_values(f):
+    same(f, A)
+
+
+def test_semantics_23_numbers_of_different_types_are_different_calls():
+    """1, 1.0 and True are equal in Python and are not in ATen."""
+    f = lambda i: (i * 1, i * 1.0, i * True, i + 2, i + 2.0)
+    i = torch.arange(3)
+    for ours, theirs in zip(fxfunc.jit(f)(i), f(i), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "f,left",
+    [
+        (lambda a: a @ a + a, ["addmm.default"]),
+        (lambda a: a.sin() - a * 0.5, ["sin.default", "sub.Tensor"]),
+        (lambda a: a.sin() + a * 0.5, ["sin.default", "add.Tensor"]),
+    ],
+)
+def test_peephole_joins_neighbours(f, left):
+    assert ops(f, S, backend=for_aten) == left
+    torch.testing.assert_close(fxfunc.jit(f)(S), f(S), rtol=1e-15, atol=1e-15)
+
+
+def test_peephole_keeps_a_product_that_somebody_else_reads():
+    f = lambda a: ((p := a @ a) + a, p.sin())
+    assert ops(f, S, backend=for_aten).count("mm.default") == 1
+    for ours, theirs in zip(fxfunc.jit(f)(S), f(S), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def broken(change) -> Graph:
+    """A graph of two calls, changed by hand."""
+    graph = fxfunc.make_graph(lambda a: a.sin().cos())(S)
+    change(graph, *graph.nodes)
+    return Graph(graph.fx)
+
+
+def _swap(graph, sin, cos):
+    sin.args = (cos,)
+
+
+def _in_place(graph, sin, cos):
+    cos.target = torch.ops.aten.cos_.default
+
+
+def _python(graph, sin, cos):
+    cos.target = torch.cos
+
+
+def _val(graph, sin, cos):
+    cos.meta["val"] = fxfunc.make_graph(lambda a: a.float())(S).nodes[-1].meta["val"]
+
+
+def _no_val(graph, sin, cos):
+    del cos.meta["val"]
+
+
+@pytest.mark.parametrize("change", [_swap, _in_place, _python, _val, _no_val])
+def test_verifier_names_the_pass_that_broke_a_graph(change):
+    with pytest.raises(errors.InvalidGraph, match="after my_pass"):
+        verify(broken(change), after="my_pass")
+
+
+@pytest.mark.parametrize("sizes", [{"n": 2, "m": 3}, {"n": 7, "m": 0}])
+def test_dims_compute_as_their_sizes_do(sizes):
+    n, m = fxfunc.Dim("n"), fxfunc.Dim("m")
+    for f in (
+        lambda n, m: n * 3 + m - 1,
+        lambda n, m: (n + m) * (n - m),
+        lambda n, m: (n * 4 + 2) // 2,
+        lambda n, m: (n * 6 + 5) // 4,
+        lambda n, m: (n * 4 + m) % 3,
+        lambda n, m: 5 - n,
+    ):
+        assert dims.at(f(n, m), sizes) == f(**sizes)
+
+
+def test_a_question_about_a_size_is_answered_for_all_sizes_or_not_at_all():
+    n = fxfunc.Dim("n")
+    spec = fxfunc.spec(torch.randn(4, 3), {0: n})
+    always = lambda v: v.sum() if v.shape[0] + 1 > 0 else v.mean()
+    assert fxfunc.jit(always).lower(spec)
+    with pytest.raises(errors.DynamicShape, match=r"test_passes.py"):
+        fxfunc.jit(lambda v: v.sum() if v.shape[0] > 3 else v.mean()).lower(spec)
