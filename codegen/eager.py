@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size
+from fxfunc.passes.dump import saw_source
 from fxfunc.passes.graph import Graph, Literal, Op, Val, constant, getitem, scan
 
 from .calls import best
@@ -45,6 +46,7 @@ def emit(graph: Graph, kernels: Mapping[Kernel, Launcher] | None = None) -> Prog
     """
     writer = _Writer(graph, kernels or {})
     text = writer.text()
+    saw_source("program", text)
     number = next(_numbers)
     # `<` keeps our lines out of the user's; the loader lets tracebacks show them.
     scope = {**writer.scope, "__name__": f"program_{number}", "__loader__": _Source(text)}

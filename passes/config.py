@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# FXFUNC_DUMP=dir: write the graph after every pass and every kernel's source there.
+# FXFUNC_DUMP=dir: write the graph after every transform and pass there, and the source of every program and kernel.
 DUMP: str | None = os.environ.get("FXFUNC_DUMP") or None
-# FXFUNC_DEBUG=n: 1 prints choices and fallbacks, 2 passes too and verifies every graph, 3 graphs, 4 kernels.
+# FXFUNC_DEBUG=n: 2 verifies the graph after every transform and pass and prints its size, 3 prints the graph, 4 sources too.
 DEBUG: int = int(os.environ.get("FXFUNC_DEBUG") or 0)
 VERIFY: bool = DEBUG >= 2  # the tests switch it on

@@ -95,10 +95,12 @@ def rewriting(function):
     def cached(*args):
         with hermetic():
             out = function(*args)
-        if isinstance(out, Graph):
-            from .dump import saw
+        from .dump import saw
 
-            saw(name, out)
+        parts = {f"{name}-{part}": x for part, x in getattr(out, "__dict__", {}).items()}
+        for part, graph in ({name: out} if isinstance(out, Graph) else parts).items():
+            if isinstance(graph, Graph):
+                saw(part, graph)
         return out
 
     on_forget(cached.cache_clear)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch.fx import Node
 
 from .graph import Graph, Op, Val, getitem
@@ -51,4 +52,4 @@ def _arg(x) -> str:
         return x.name
     if isinstance(x, (list, tuple)):
         return "[" + ", ".join(map(_arg, x)) + "]"
-    return str(x) if not isinstance(x, str) else repr(x)
+    return str(x) if isinstance(x, torch.device) else repr(x)
