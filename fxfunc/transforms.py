@@ -643,6 +643,7 @@ def stop_gradient(x):
         b = Builder(None)
         return b.finish([b.emit(_stop_gradient, (b.input(val),))])
 
+    check_tensors("stop_gradient", pytree.tree_leaves(x))
     return pytree.tree_map(lambda t: execute(graph(val_of(t)), [t])[0] if is_tensor(t) else t, x)
 
 

@@ -186,12 +186,17 @@ def _functional(b: Builder, n: Node, args, kwargs):
     return targets, [out] if isinstance(out, Value) else list(out)
 
 
+def _first(op) -> str:
+    """The type of the first argument: mul.default, for one, takes numbers."""
+    return str(op._schema.arguments[0].type)
+
+
 def _functional_overload(packet, overload: str, op):
     if packet is None:
         return None
     for name in (overload, overload.removesuffix("_out"), overload.removesuffix("out"), "default", "Tensor"):
         candidate = getattr(packet, name, None) if name else None
-        if candidate is not None and not candidate._schema.is_mutable:
+        if candidate is not None and not candidate._schema.is_mutable and _first(candidate) == _first(op):
             return candidate
     return None
 

@@ -91,8 +91,7 @@ def rewriting(function):
     name = function.__name__.strip("_").removesuffix("_graph")
 
     @functools.lru_cache(maxsize=512)
-    @functools.wraps(function)
-    def cached(*args):
+    def memo(default_dtype, *args):
         with hermetic():
             out = function(*args)
         from .dump import saw
@@ -103,8 +102,8 @@ def rewriting(function):
                 saw(part, graph)
         return out
 
-    on_forget(cached.cache_clear)
-    return cached
+    on_forget(memo.cache_clear)
+    return functools.wraps(function)(lambda *args: memo(torch.get_default_dtype(), *args))
 
 
 def meta_result(op, args, kwargs):

@@ -515,6 +515,7 @@ def trace_torch(function, args, kwargs) -> Graph:
         torch._C.DisableTorchFunction(),
         torch._C._DisableAutocast(),
         torch.enable_grad(),
+        torch.autograd.set_detect_anomaly(False),
         recorder,
     ):
         out = function(*[bind(a) for a in args], **{k: bind(v) for k, v in kwargs.items()})

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfunc
 from fxfunc import errors
@@ -1204,3 +1209,528 @@ def test_semantics_23_signatures_differ_by_type_and_sign_inside_tuples(values):
     for jitted in (fxfunc.jit(f), fxfunc.jit(f, static_argnums=1)):
         for v in values:
             same(jitted(torch.arange(3), v), f(torch.arange(3), v))
+
+
+# ----- surroundings ---------------------------------------------------------------------------------------------------
+
+
+def written_between(T, x):
+    y = x * 1
+    v = y.view(-1)[1:]
+    y.add_(x)
+    g = T.grad(lambda z: (y * 1 * z * z).sum() + (v * 1 * z[1:]).sum())(x)
+    v.mul_(3)
+    return (g * y).sum() + T.vmap(lambda a, b: a * b)(y, g).sum()
+
+
+def written_inside(T, x):
+    def inner(z):
+        a = z * 1
+        a[1:].mul_(2)
+        a += x
+        a[0] = x[1]
+        return (a * a).sum()
+
+    return (T.grad(inner)(x) * x).sum()
+
+
+def filled(T, x):
+    out = torch.zeros_like(x)
+    for i in range(3):
+        out[i] = x[i] * x.sum()
+    return T.grad(lambda z: (out * z**2).sum())(x).sum()
+
+
+def relu_in_place(T, x):
+    y = torch.nn.functional.relu(x - 0.5, inplace=True).sigmoid()
+    return T.vmap(lambda a: (y * a.clone().mul_(2)).sum())(y).sum()
+
+
+def swapped(T, x):
+    y = x * x
+    a, b = y[0].clone(), y[1]
+    y[0] = b
+    y[1] = a
+    return T.grad(lambda z: (z * y * a * b).sum())(x).sum()
+
+
+def copied_out(T, x):
+    y = torch.empty(3, dtype=F64)
+    torch.mul(x, x, out=y)
+    return T.grad(lambda z: (z * y).sum())(x).sum()
+
+
+MUTATING = [written_between, written_inside, filled, relu_in_place, swapped]
+
+
+@every_mode
+@pytest.mark.parametrize("program", MUTATING, ids=lambda f: f.__name__)
+def test_semantics_24_writes_between_and_inside_captures(program, mode):
+    for outer in ("grad", "jacfwd", "hessian"):
+        agree(mode, lambda T, x, outer=outer: getattr(T, outer)(lambda x: program(T, x))(x), vector())
+    agree(mode, lambda T, x: T.vmap(lambda x: program(T, x))(x), matrix().abs())
+    same(MODES[mode](lambda x: program(fxfunc, x), vector()), program(torch.func, vector()))
+
+
+@both_modes
+def test_semantics_24_an_out_argument_is_written(mode):
+    """Torch refuses out= under vmap and grad; the functional program is the reference."""
+    got = MODES[mode](fxfunc.vmap(lambda x: copied_out(fxfunc, x)), matrix())
+    same(got, (matrix() ** 2).sum(1))
+    got = MODES[mode](fxfunc.grad(lambda x: copied_out(fxfunc, x)), vector())
+    same(got, 2 * vector())
+
+
+WRITES_OUT = {
+    "add_": lambda c, x: c.add_(x),
+    "through a view": lambda c, x: c.view(-1).mul_(x),
+    "an element": lambda c, x: c.__setitem__(0, x.sum()),
+    "under no_grad": lambda c, x: torch.no_grad()(lambda: c.mul_(2))(),
+    "out": lambda c, x: torch.mul(x, x, out=c),
+}
+WITHIN = {
+    "grad": lambda T, f, x: T.grad(lambda x: f(x).sum())(x),
+    "jvp": lambda T, f, x: T.jvp(f, (x,), (x,)),
+    "vmap": lambda T, f, x: T.vmap(f)(torch.stack([x, x])),
+    "vmap of grad": lambda T, f, x: T.vmap(T.grad(lambda x: f(x).sum()))(torch.stack([x, x])),
+}
+
+
+@both_modes
+@pytest.mark.parametrize("transform", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("write", WRITES_OUT.values(), ids=WRITES_OUT)
+def test_semantics_24_writing_to_a_closure_inside_a_transform_is_refused(write, transform, mode):
+    """torch.func raises RuntimeError; the closed-over tensor is untouched and the line named."""
+    c = torch.ones(3, dtype=F64)
+
+    def f(x):
+        write(c, x)
+        return x * c
+
+    with pytest.raises(errors.MutatedCapture, match="clone") as raised:
+        MODES[mode](lambda x: transform(fxfunc, f, x), vector())
+    assert isinstance(raised.value, RuntimeError) and raised.value.source.startswith(__file__)
+    same(c, torch.ones(3, dtype=F64))
+
+
+@both_modes
+@pytest.mark.parametrize("write", WRITES_OUT.values(), ids=WRITES_OUT)
+def test_semantics_24_writing_to_an_outer_transforms_value_is_refused(write, mode):
+    def program(T, x):
+        c = x * 1
+
+        def inner(z):
+            write(c, z)
+            return (z * c).sum()
+
+        return T.grad(inner)(x).sum()
+
+    for outer in (fxfunc.grad, fxfunc.vmap, lambda f: f):
+        if outer is fxfunc.vmap or mode == "jit" or outer is fxfunc.grad:
+            with pytest.raises(RuntimeError):
+                MODES[mode](
+                    outer(lambda x: program(fxfunc, x)), matrix() if outer is fxfunc.vmap else vector()
+                )
+
+
+@pytest.mark.parametrize("write", WRITES_OUT.values(), ids=WRITES_OUT)
+def test_semantics_24_writes_under_jit_happen_after_the_run(write):
+    """To a closure, to an argument, and to a buffer, at every call."""
+    expected, c = (torch.ones(3, dtype=F64) for _ in range(2))
+    buffers = torch.nn.Module()
+    buffers.register_buffer("count", torch.ones(3, dtype=F64))
+
+    def f(x, a):
+        for t in (c, a, buffers.count):
+            write(t, x)
+        return x * c + a
+
+    jitted, a = fxfunc.jit(f), torch.ones(3, dtype=F64)
+    for _ in range(3):
+        write(expected, vector())
+        same(jitted(vector(), a), vector() * expected + expected)
+        same([c, a, buffers.count], [expected] * 3)
+    assert jitted.cache_info().misses == 1
+
+
+def test_semantics_24_batch_norm_statistics_are_written_back_under_jit():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.BatchNorm1d(3).double() for _ in range(2))
+    x = torch.randn(5, 3, dtype=F64)
+    jitted = fxfunc.jit(lambda x: ours(x))
+    for _ in range(2):
+        same(jitted(x), theirs(x))
+        same(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@both_modes
+def test_semantics_24_a_mapped_argument_is_written_as_by_torch(mode):
+    for f in (lambda a: a.add_(1), lambda a: a[1:].mul_(2).sum(), lambda a: a.copy_(a.flip(0)) * a):
+        ours, theirs = matrix(), matrix()
+        same(MODES[mode](fxfunc.vmap(f), ours), torch.func.vmap(f)(theirs))
+        same(ours, theirs)
+
+
+VALUES = {
+    "if": lambda x: x * 2 if x.sum() > 0 else x,
+    "item": lambda x: x * x.sum().item(),
+    "float": lambda x: x * float(x[0]),
+    "int": lambda x: x * int(x[0]),
+    "bool": lambda x: x * bool(x[0]),
+    "tolist": lambda x: x * x.tolist()[0],
+    "while": lambda x: [x for _ in iter(lambda: bool((x > 5).all()), True)][-1],
+    "mask": lambda x: x[x > 0.5],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "masked_select": lambda x: x.masked_select(x > 0.5),
+    "numpy": lambda x: x * torch.from_numpy(x.numpy()),
+    "range": lambda x: sum(x for _ in range(x.long()[0])),
+    "equal": lambda x: x * torch.equal(x, x),
+    "allclose": lambda x: x * torch.allclose(x, x),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+}
+TRANSFORMS = {
+    "grad": lambda f: fxfunc.grad(lambda x: f(x).sum()),
+    "vjp": lambda f: lambda x: fxfunc.vjp(f, x)[0],
+    "jvp": lambda f: lambda x: fxfunc.jvp(f, (x,), (x,)),
+    "vmap": lambda f: lambda x: fxfunc.vmap(f)(torch.stack([x, x])),
+    "jit": fxfunc.jit,
+    "jit of vmap of grad": lambda f: fxfunc.jit(
+        lambda x: fxfunc.vmap(TRANSFORMS["grad"](f))(torch.stack([x, x]))
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("f", VALUES.values(), ids=VALUES)
+def test_semantics_25_code_that_needs_values_is_refused_by_name(f, transform):
+    """Nothing has happened then: no draw of random numbers, no write, no entry in a cache."""
+    buffer, x = torch.ones(3, dtype=F64), vector()
+
+    def draws_first(x):
+        y = x * torch.rand(3, dtype=F64)
+        return f(y)
+
+    def writes_first(x):
+        buffer.add_(1)
+        return f(x)
+
+    for function in (f, draws_first, writes_first):
+        before = torch.get_rng_state()
+        g = transform(function)
+        randomness = function is draws_first and transform in (
+            TRANSFORMS["vmap"],
+            TRANSFORMS["jit of vmap of grad"],
+        )
+        kind = errors.RandomInVmap if randomness else errors.ValueDependent
+        with pytest.raises(kind) as raised:
+            g(x)
+        assert isinstance(raised.value, RuntimeError)
+        assert raised.value.source.startswith(__file__ + ":")
+        if kind is errors.ValueDependent:
+            assert raised.value.source == f"{__file__}:{f.__code__.co_firstlineno}"
+            assert "torch.where" in str(raised.value)
+        assert torch.equal(torch.get_rng_state(), before)
+        same([buffer, x], [torch.ones(3, dtype=F64), vector()])
+        assert not hasattr(g, "cache_info") or g.cache_info().currsize == 0
+
+
+def test_semantics_25_a_refused_call_leaves_no_capture_behind():
+    with pytest.raises(errors.ValueDependent):
+        fxfunc.grad(lambda x: fxfunc.vmap(VALUES["if"])(x).sum())(vector())
+    x = vector().requires_grad_()
+    (x * 2).sum().backward()
+    same(x.grad, torch.full((3,), 2.0, dtype=F64))
+    assert bool(x.sum() > 0) and fxfunc.jit(lambda x: x * 2)(x).requires_grad
+
+
+class CountedFunctions(TorchFunctionMode):
+    def __init__(self):
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class CountedCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SURROUNDINGS = {
+    "no_grad": torch.no_grad,
+    "autocast off": lambda: torch.autocast("cpu", enabled=False),
+    "float64 by default": lambda: default_dtype(F64),
+    "half by default": lambda: default_dtype(torch.float16),
+    "meta by default": lambda: torch.device("meta"),
+    "function mode": CountedFunctions,
+    "dispatch mode": CountedCalls,
+    "deterministic": deterministic,
+    "no multithreading of autograd": lambda: torch.autograd.set_multithreading_enabled(False),
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(True),
+}
+PROGRAMS = {
+    "activations": lambda x: (x.tanh() * x.sigmoid() + torch.nn.functional.gelu(x) + x.softmax(0)).sum(),
+    "products": lambda x: (torch.outer(x, x) @ x + x.cumprod(0) + x.prod()).sum(),
+    "choices": lambda x: (x.relu() * 0.5 + x.clamp(0.3, 0.6) + torch.maximum(x, x.flip(0)) ** 1.5).sum(),
+    "statistics": lambda x: x.std() + x.var(unbiased=False) + x.logsumexp(0) + torch.linalg.vector_norm(x),
+    "derived": lambda x: (
+        torch.special.i0(x) + torch.lgamma(x) + torch.linalg.inv(torch.outer(x, x) + x.diag())
+    ).sum(),
+    "layer norm": lambda x: (torch.nn.functional.layer_norm(x[None], (3,)) * x).sum(),
+    "convolution": lambda x: torch.nn.functional.conv1d(x.view(1, 1, 3), x[:2].view(1, 1, 2)).square().sum(),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_semantics_26_rules_do_not_depend_on_the_surroundings(name, surroundings):
+    """Every pass and memo runs for the first time inside; what was made there serves outside too."""
+    f, x = PROGRAMS[name], vector().float()
+    programs = [lambda T: T.grad(f)(x), lambda T: T.vmap(T.grad(f))(torch.stack([x, x * x]))]
+    want = [p(torch.func) for p in programs]
+    infer_forget()
+    with SURROUNDINGS[surroundings]():
+        inside = [p(fxfunc) for p in programs]
+    outside = [p(fxfunc) for p in programs]
+    for got in (inside, outside):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert all(g.dtype == torch.float32 and g.device.type == "cpu" for g in got)
+
+
+def infer_forget():
+    """Forget what was inferred, traced and rewritten so far."""
+    from fxfunc.passes.infer import forget
+
+    forget()
+
+
+@both_modes
+def test_semantics_26_user_modes_do_not_see_our_passes(mode):
+    x = vector()
+    f = lambda x: (x.tanh() * torch.special.i0(x)).sum()
+    infer_forget()
+    with CountedFunctions() as functions:
+        MODES[mode](fxfunc.hessian(f), x)
+    infer_forget()
+    with CountedCalls() as calls:
+        MODES[mode](fxfunc.hessian(f), x)
+    graph = fxfunc.make_graph(fxfunc.hessian(f))(x)
+    assert functions.calls.count(torch.Tensor.tanh) <= 1 and functions.calls.count(torch.special.i0) <= 1
+    assert calls.calls.count(torch.ops.aten.tanh.default) <= 1
+    assert len(calls.calls) <= 3 * len(graph) + 20 and not any("meta" in str(c) for c in calls.calls)
+
+
+def test_semantics_26_a_function_mode_sees_the_users_calls_as_under_torch_func():
+    seen = []
+    for T in (fxfunc, torch.func):
+        with CountedFunctions() as functions:
+            T.grad(lambda x: (x.tanh() * x.sin()).sum())(vector())
+        methods = (torch.Tensor.tanh, torch.Tensor.sin, torch.Tensor.mul, torch.Tensor.sum)
+        seen.append([c for c in functions.calls if c in methods])
+    assert seen[0] == seen[1] == list(methods)
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_semantics_26_autocast_is_applied_at_capture(dtype, mode):
+    """The casts are torch's, for results and derivatives, and belong to the program: also when it runs outside."""
+    w = torch.linspace(-1, 1, 9).reshape(3, 3)
+    f = lambda x: torch.nn.functional.linear(x, w)
+    programs = {
+        "value": lambda T, x: T.vmap(f)(x),
+        "grad": lambda T, x: T.grad(lambda x: f(x).exp().sum().float())(x),
+        "vmap of grad": lambda T, x: T.vmap(T.grad(lambda x: f(x).sin().sum().float()))(x),
+        "jvp": lambda T, x: T.jvp(f, (x,), (x,)),
+        "softmax": lambda T, x: T.vmap(lambda x: f(x).softmax(-1))(x),
+        "autocast inside": lambda T, x: T.grad(lambda x: casting(f, dtype)(x).float().sum())(x),
+    }
+    x = matrix().float()
+    for name, p in programs.items():
+        with contextlib.nullcontext() if name == "autocast inside" else torch.autocast("cpu", dtype):
+            got, want = MODES[mode](lambda x, p=p: p(fxfunc, x), x), p(torch.func, x)
+        torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+def casting(f, dtype):
+    def g(x):
+        with torch.autocast("cpu", dtype):
+            return f(x)
+
+    return g
+
+
+def test_semantics_26_a_compiled_call_keeps_the_casts_of_its_capture():
+    x, w = matrix().float(), matrix().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = fxfunc.jit(lambda x: x @ w).lower(x).compile()
+    assert compiled(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = fxfunc.jit(lambda x: x * 1).lower(x).compile()
+        assert plain(x).dtype == torch.float32
+    jitted = fxfunc.jit(lambda x: x @ w)
+    assert jitted(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert jitted(x).dtype == torch.bfloat16
+    assert jitted(x).dtype == torch.float32
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [F64, torch.float16], ids=str)
+def test_semantics_26_the_default_dtype_is_that_of_the_capture(dtype, mode):
+    f = lambda x: x * torch.ones(3) + torch.full((3,), 0.5) + torch.tensor(2.0) + torch.arange(3) / 2
+    for _ in range(2):
+        with default_dtype(dtype):
+            agree(mode, lambda T, x: T.vmap(f)(x), matrix().float())
+            agree(
+                mode,
+                lambda T, i: T.vmap(lambda i: i / 2 + i.float().mean())(i),
+                torch.arange(6).reshape(2, 3),
+            )
+        agree(mode, lambda T, x: T.vmap(f)(x), matrix().float())
+
+
+FOREIGN = {
+    "grad": lambda T, x: T.grad(lambda x: (x.tanh() * x).sum())(x),
+    "vmap": lambda T, x: T.vmap(lambda a: a.sin() * x)(x),
+    "vmap of grad": lambda T, x: T.vmap(T.grad(lambda a: a**3 * x.sum()))(x),
+    "hessian": lambda T, x: T.hessian(lambda x: (x**3).sum())(x),
+    "jvp": lambda T, x: T.jvp(torch.sin, (x,), (x,))[1],
+}
+foreign = pytest.mark.parametrize("program", FOREIGN.values(), ids=FOREIGN)
+
+
+@both_modes
+@foreign
+def test_semantics_28_make_fx_sees_plain_aten(program, mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    f = lambda x: MODES[mode](lambda x: program(fxfunc, x), x) + x
+    for tracing in ("real", "fake"):
+        graph = make_fx(f, tracing_mode=tracing)(vector())
+        calls = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+        assert calls and all(isinstance(c, torch._ops.OpOverload) and c.namespace == "aten" for c in calls)
+        for x in (vector(), vector() * 0.5):  # the values of the trace are not baked
+            same(graph(x), program(torch.func, x) + x)
+
+
+@both_modes
+@foreign
+def test_semantics_28_export_sees_plain_aten(program, mode):
+    class M(torch.nn.Module):
+        def forward(self, x):
+            return MODES[mode](lambda x: program(fxfunc, x), x) + x
+
+    exported = torch.export.export(M(), (vector(),), strict=False)
+    for x in (vector(), vector() * 0.5):
+        same(exported.module()(x), program(torch.func, x) + x)
+
+
+@both_modes
+@foreign
+def test_semantics_28_fake_tensors_give_fake_tensors(program, mode):
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+    want = program(torch.func, vector())
+    with FakeTensorMode() as fakes:
+        out = MODES[mode](lambda x: program(fxfunc, x), fakes.from_tensor(vector()))
+    assert isinstance(out, FakeTensor) and out.fake_mode is fakes
+    assert (out.shape, out.dtype) == (want.shape, want.dtype)
+    same(MODES[mode](lambda x: program(fxfunc, x), vector()), want)  # nothing fake was kept
+
+
+@both_modes
+@foreign
+def test_semantics_28_torch_compile_runs_us_as_we_are(program, mode):
+    def f(x):
+        return MODES[mode](lambda x: program(fxfunc, x), x * 2) + x.sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="eager")
+    for x in (vector(), vector() * 0.5):
+        same(compiled(x), program(torch.func, x * 2) + x.sin())
+    x = vector().requires_grad_()
+    (got,) = torch.autograd.grad(compiled(x).sum(), x)
+    (want,) = torch.autograd.grad((program(torch.func, x * 2) + x.sin()).sum(), x)
+    same(got, want)
+
+
+INSIDE = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+}
+CALLED = {
+    "grad": fxfunc.grad(lambda x: (x * x).sum()),
+    "grad_and_value": lambda x: fxfunc.grad_and_value(lambda x: (x * x).sum())(x)[0],
+    "value_and_grad": lambda x: fxfunc.value_and_grad(lambda x: (x * x).sum())(x)[1],
+    "vjp": lambda x: fxfunc.vjp(torch.sin, x)[0],
+    "jvp": lambda x: fxfunc.jvp(torch.sin, (x,), (x,))[1],
+    "linearize": lambda x: fxfunc.linearize(torch.sin, x)[0],
+    "vmap": fxfunc.vmap(torch.sin),
+    "jacrev": fxfunc.jacrev(torch.sin),
+    "jacfwd": fxfunc.jacfwd(torch.sin),
+    "hessian": fxfunc.hessian(lambda x: (x**3).sum()),
+    "jit": fxfunc.jit(torch.sin),
+    "scan": lambda x: fxfunc.scan(lambda c, a: (c + a, c), x[0], x)[1],
+    "make_graph": lambda x: fxfunc.make_graph(torch.sin)(x) and x,
+    "stop_gradient": fxfunc.stop_gradient,
+    "closing over": lambda x: fxfunc.vmap(lambda y: y * x.sum())(torch.ones(3)),
+    "compiled": fxfunc.jit(torch.sin).lower(torch.ones(3, dtype=F64)).compile(),
+    "lower": lambda x: fxfunc.jit(torch.sin).lower(x) and x,
+}
+
+
+@pytest.mark.parametrize("called", CALLED.values(), ids=CALLED)
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
+def test_semantics_28_inside_a_torch_func_transform_we_refuse(inside, called):
+    with pytest.raises(errors.NestedTorchFunc, match="Use fxfunc for the outer transform too") as raised:
+        inside(called, vector())
+    assert isinstance(raised.value, RuntimeError)
+    assert raised.value.source.startswith(__file__)
+
+
+def test_semantics_28_torch_func_inside_ours_is_refused_or_right():
+    """Either torch.func's own result or a named error; never a constant."""
+    f = lambda x: torch.func.grad(lambda y: (y**3 * x).sum())(x).sum()
+    want = torch.func.grad(f)(vector())
+    try:
+        same(fxfunc.grad(f)(vector()), want)
+    except errors.FxfuncError as e:
+        assert e.source.startswith(__file__)
+
+
+@pytest.mark.parametrize("package", ["passes", "codegen", "bench"])
+def test_semantics_30_a_bare_import_is_refused(package):
+    root = Path(fxfunc.__file__).parents[1]
+    for line in (f"import {package}", f"import fxfunc, {package}", f"from {package} import *"):
+        done = subprocess.run([sys.executable, "-c", line], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 1 and f"ImportError: import fxfunc.{package}, not {package}" in done.stderr
+    assert __import__(f"fxfunc.{package}", fromlist=["_"]).__name__ == f"fxfunc.{package}"
