@@ -286,6 +286,7 @@ class Compiled:
 
     @entry
     def __call__(self, *args, **kwargs):
+        check_tensors("a compiled function", ())
         if self._program.call is None:
             raise errors.BackendError(
                 backend=self.backend,
