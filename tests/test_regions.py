@@ -651,6 +651,11 @@ def noisy(x, v):
     return ((x * v + torch.randn(x.shape, dtype=F64)).sin() * mask).sum()
 
 
+def wasteful(h, a):
+    torch.rand(2)
+    return h * a, None
+
+
 RANDOM = {
     "vmap": lambda T, x, v: T.vmap(noisy, (0, None), randomness="different")(x, v),
     "vmap of grad": lambda T, x, v: T.vmap(T.grad(noisy), (0, None), randomness="different")(x, v),
@@ -675,19 +680,19 @@ RANDOM = {
     "scan": lambda T, x, v: T.scan(lambda h, a: (h * a + torch.rand(3, dtype=F64), torch.randn(2)), v, x),
     "two equal scans": lambda T, x, v: RANDOM["scan"](T, x, v)[0] - RANDOM["scan"](T, x, v)[0],
     "grad of scan": lambda T, x, v: T.grad(lambda v: RANDOM["scan"](T, x, v)[0].prod())(v),
-    "unused in scan": lambda T, x, v: (
-        T.scan(lambda h, a: (h * a, torch.rand(2) if len(a) < 3 else None), v, x)[0]
-        + torch.rand(3, dtype=F64)
-    ),
+    "unused in map": lambda T, x, v: T.vmap(
+        lambda a, v: (torch.rand(2), v.sin())[1], (0, None), None, randomness="different"
+    )(x, v),
+    "unused in scan": lambda T, x, v: T.scan(wasteful, v, x),
+    "jvp of unused in scan": lambda T, x, v: T.jvp(lambda v: T.scan(wasteful, v, x)[0], (v,), (x[0],)),
+    "grad of unused in scan": lambda T, x, v: T.grad(lambda v: T.scan(wasteful, v, x)[0].sum())(v),
     "scan in map": lambda T, x, v: T.vmap(lambda a: a * RANDOM["scan"](T, x, v)[0], randomness="different")(
         x
     ),
     "grad of scan in map": lambda T, x, v: T.grad(lambda v: RANDOM["scan in map"](T, x, v).prod())(v),
-    "map in scan": lambda T, x, v: (
-        T.scan(lambda h, a: (RANDOM["vmap"](T, x, h * a) + h.sum(), None), x[:, 0], x[:2, :1])[0]
-        if len(x) == 3
-        else v
-    ),
+    "map in scan": lambda T, x, v: T.scan(lambda h, a: (RANDOM["vmap"](T, x, v * a) + h, None), x[:, 0], x)[
+        0
+    ],
 }
 
 
