@@ -153,8 +153,7 @@ def _batched_outputs(ctx: Batch, body: Graph, flags) -> list[bool]:
     from .graph import reached
 
     starts = [n for n, f in zip(body.inputs, flags, strict=True) if f]
-    draws = [n for n in body.nodes if is_random(n)] if ctx.randomness == "different" else []
-    found = reached(body.nodes, [*starts, *draws])
+    found = reached(body.nodes, [*starts, *body.draws])
     return [n in found for n in body.outputs]
 
 

@@ -45,7 +45,7 @@ def linearize(graph: Graph, nonzero: tuple[bool, ...], *, reverse: bool) -> Line
     needed = cone([t.node for t in live_tangents], set(b.fx.nodes) - linear_nodes)
     free = _free(needed, linear_nodes)
     residuals = _residuals(needed, linear_nodes, free)
-    draws = [n for n in b.fx.nodes if is_random(n)]
+    draws = [n for n in b.fx.nodes if n not in linear_nodes and is_random(n)]
     primal = extract([p.node for p in primals], [o and o.node for o in outs] + residuals, draws)
     linear = extract(residuals + given, [t.node for t in live_tangents])
     return Linearized(primal, linear, len(outs), tuple(t is not None for t in out_tangents))

@@ -7,7 +7,7 @@ import dataclasses
 from .. import jvp as forward
 from .. import transpose as reverse
 from ..errors import MissingRule
-from ..graph import Graph, custom, extract, linear_call, map_, scan
+from ..graph import Graph, Val, custom, extract, linear_call, map_, scan
 from ..jvp import Dual, Jvp, instantiate
 from ..linearize import linearize
 from ..record import Builder, Value
@@ -187,66 +187,45 @@ def _scan_transpose(b: Builder, cts, args, kwargs):
     body, consts, carry, xs = args
     c_lin, x_lin = ([x for x in part if isinstance(x, Undefined)] for part in (consts, xs))
     c_res, x_res = ([x for x in part if not isinstance(x, Undefined)] for part in (consts, xs))
-    nk, ny = len(carry), len(body.outputs) - len(carry)
-    carries = body.inputs[len(consts) : len(consts) + nk]
-    split: dict[bool, list] = {True: [], False: []}
-    for n, x in zip(body.inputs, [*consts, *carry, *xs], strict=True):
-        split[isinstance(x, Undefined) or n in carries].append(
-            n
-        )  # a carry that starts as a constant zero is linear too
-    inner = extract(split[False] + split[True], list(body.outputs))
-    ys_given = [j for j in range(ny) if cts[nk + j] is not None]
+    first, nk = len(c_lin), len(carry)
+    given = [j for j in range(nk, len(cts)) if cts[j] is not None]
 
     t = Builder(SIMPLIFY)
-    res = [t.input(n.meta["val"], n.name) for n in split[False]]
+    inner, residuals = _carry_linear(body, args[1:])
+    res = [t.input(n.meta["val"], n.name) for n in residuals]
     acc = [t.input(x.val, "acc") for x in c_lin]
-    ct_carry = [t.input(x.val, "ct") for x in carry]
-    ct_ys: list[Value | None] = [None] * ny
-    for j in ys_given:
-        ct_ys[j] = t.input(body.outputs[nk + j].meta["val"], "ct_y")
-    shares = reverse.transpose(t, inner, res, [*ct_carry, *ct_ys])
-    to_consts, to_carry, to_xs = (
-        shares[: len(c_lin)],
-        shares[len(c_lin) : len(c_lin) + nk],
-        shares[len(c_lin) + nk :],
-    )
-    new_acc = [forward.add(a, s) for a, s in zip(acc, to_consts, strict=True)]
-    new_carry = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_carry, carry, strict=True)]
-    new_ys = [s if s is not None else t.full(x.val, 0) for s, x in zip(to_xs, _items(x_lin), strict=True)]
-    graph = t.finish(new_acc + new_carry + new_ys)
-    n_c = len(c_res)
-    ins = graph.inputs
-    order = [
-        *ins[:n_c],
-        *ins[len(res) : len(res) + len(acc) + nk],
-        *ins[n_c : len(res)],
-        *ins[len(res) + len(acc) + nk :],
-    ]
-    graph = extract(list(order), list(graph.outputs))
+    inner_cts: list[Value | None] = [t.input(x.val, "ct") for x in carry] + [None] * (len(cts) - nk)
+    for j in given:
+        inner_cts[j] = t.input(body.outputs[j].meta["val"], "ct_y")
+    shares = reverse.transpose(t, inner, res, inner_cts)
+    vals = [x.val for x in carry] + [Val(x.shape[1:], x.dtype, x.val.device) for x in x_lin]
+    rest = [s if s is not None else t.full(v, 0) for s, v in zip(shares[first:], vals, strict=True)]
+    graph = t.finish([forward.add(a, s) for a, s in zip(acc, shares[:first], strict=True)] + rest)
+
     start = [b.full(x.val, 0) for x in c_lin] + [
         ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)
     ]
-    results = emit_scan(
-        b,
-        graph,
-        c_res,
-        start,
-        [*x_res, *(cts[nk + j] for j in ys_given)],
-        length=kwargs["length"],
-        reverse=not kwargs["reverse"],
-    )
-    first = len(c_lin)
+    values = [*c_res, *x_res, *start, *(cts[j] for j in given)]
+    part = [0] * len(c_res) + [2] * len(x_res) + [1] * len(start) + [2] * len(given)
+    graph, groups = _grouped(graph, values, part)
+    results = emit_scan(b, graph, *groups, length=kwargs["length"], reverse=not kwargs["reverse"])
+    to_carry = zip(results[first : first + nk], carry, strict=True)
     return [
         *results[:first],
-        *(r for r, x in zip(results[first:], carry, strict=False) if isinstance(x, Undefined)),
+        *(r for r, x in to_carry if isinstance(x, Undefined)),
         *results[first + nk :],
     ]
 
 
-def _items(xs):
-    from ..graph import Val
-
-    return [Undefined(Val(x.shape[1:], x.dtype, x.val.device)) for x in xs]
+def _carry_linear(body: Graph, parts) -> tuple[Graph, list]:
+    """A linear scan's body with its residuals first, and these. A carry is linear also where it starts as a constant zero."""
+    nc, nk = len(parts[0]), len(parts[1])
+    linear = [
+        isinstance(x, Undefined) or nc <= i < nc + nk for i, x in enumerate(x for p in parts for x in p)
+    ]
+    order = sorted(range(len(linear)), key=linear.__getitem__)
+    residuals = [n for n, z in zip(body.inputs, linear, strict=True) if not z]
+    return extract([body.inputs[i] for i in order], list(body.outputs)), residuals
 
 
 # ----- custom and linear_call -----------------------------------------------------------------------------------------
