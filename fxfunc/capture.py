@@ -28,6 +28,7 @@ from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import Recorder, current, tracked, val_of
 
 from . import custom
+from .signature import resolved
 
 
 @dataclasses.dataclass
@@ -77,16 +78,25 @@ def check_tensors(transform: str, leaves) -> None:
 
 
 def capture(
-    function, leaves, spec, in_vals: list[Val], *, tracks=(), randomness: str | None = None, **writable
+    function,
+    leaves,
+    spec,
+    in_vals: list[Val],
+    *,
+    tracks=(),
+    grad=True,
+    randomness: str | None = None,
+    **writable,
 ) -> Captured:
     """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
 
-    tracks: for each of them, whether the code sees `requires_grad == True`. randomness: that of an enclosing vmap.
+    tracks: for each of them, whether the code sees `requires_grad == True`. grad: the grad mode it starts under.
+    randomness: that of an enclosing vmap.
     writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
     """
     recorder = Recorder()
     recorder.randomness = randomness
-    with custom.hooks(), foreign_modes_off(), recorder, torch.enable_grad():
+    with custom.hooks(), foreign_modes_off(), recorder, torch.set_grad_enabled(grad):
         flags = iter(tracks)
         tracers = iter([recorder.input(v, "x", next(flags, False)) for v in in_vals])
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
@@ -124,13 +134,16 @@ def compiled(graph: Graph):
 
 def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Compute, as one call in the eyes of autograd if an input requires grad; `compile_(graph)` gives the callable."""
+    tensors = resolved(tensors)
     if forward_ad._current_level >= 0 and any(map(_is_dual, tensors)):
         raise errors.NotSupported(
             what="a dual tensor of torch.autograd.forward_ad (its tangent would be lost)",
             instead="Use fxfunc.jvp for forward-mode derivatives.",
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        tensors = [t.clone() if i in graph.written else t for i, t in enumerate(tensors)]  # saved for backward
+        tensors = [
+            t.clone() if i in graph.written else t for i, t in enumerate(tensors)
+        ]  # saved for backward
         return list(_Differentiable.apply(graph, compile_, *tensors))
     with torch.no_grad():
         return compile_(graph)(list(tensors))

@@ -1,11 +1,12 @@
 """What a compiled function read that was not an argument. Entry points: `Guards.of` (before a capture) and `.current`.
 
-Free variables, globals, defaults, attributes of modules and objects, and items of containers reached from the function
-are recorded: tensors by identity (one of the same signature is rebound), plain values by value, the rest by identity.
+Free variables, globals, defaults, attributes of modules, objects and classes, and items of containers reached from the
+function are recorded: tensors (one of the same signature is rebound), plain values by value, the rest by identity.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 
@@ -26,9 +27,19 @@ _FOREIGN = (
     "collections",
     "typing",
     "random",
+    "abc",
+    "enum",
 )
 _MISSING = object()
 _LIMIT = 20_000
+_MODULE_STATE = set(torch.nn.Module().__dict__) - {
+    "training",
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+}
 
 
 def _foreign(module: str | None) -> bool:
@@ -36,121 +47,153 @@ def _foreign(module: str | None) -> bool:
 
 
 class Guards:
-    """Places and what was found there: `container[key]` (or a cell's contents) with its value."""
+    """Places and what was found there: `container[key]`, a cell's contents, a slot, the defaults of a function."""
 
     def __init__(self):
-        self.values: list[tuple] = []  # (container, key, value): equal in type and value
+        self.values: list[tuple] = []  # (container, key, type and value)
         self.identities: list[tuple] = []  # (container, key, object): the same object
-        self.tensors: list[tuple] = []  # (container, key, tensor): the same, or another of its signature
-        self.lengths: list[tuple] = []  # (container, number of items)
+        self.tensors: list[tuple] = []  # (container, key, tensor, signature, first place of this tensor)
+        self.snapshots: list[tuple] = []  # (object, function, what the function said of it)
+        self.complete = True
         self._seen: set[int] = set()
+        self._classes: set[type] = set()
+        self._first: dict[int, int] = {}
 
     @classmethod
-    def of(cls, function) -> Guards:
-        """Everything reachable from a function that a capture of it could read."""
+    def of(cls, *objects) -> Guards:
+        """Everything reachable from a function (and its plain arguments) that a capture of it could read."""
         self = cls()
-        self._object(function)
+        for x in objects:
+            self._object(x)
         return self
 
     def current(self) -> list[torch.Tensor] | None:
         """The tensors now found in the recorded places, or None if anything else has changed."""
-        for container, key, value in self.values:
+        if not (self.complete and self._unchanged()):
+            return None
+        found: list[torch.Tensor] = []
+        for container, key, _, known, first in self.tensors:
             now = _read(container, key)
-            if type(now) is not type(value) or typed(now, None) != typed(value, None):
-                return None
-        for container, key, value in self.identities:
-            if _read(container, key) is not value:
-                return None
-        for container, count in self.lengths:
-            if len(container) != count:
-                return None
-        found = []
-        for container, key, tensor in self.tensors:
-            now = _read(container, key)
-            if now is not tensor and not same_signature(now, tensor):
+            if not isinstance(now, torch.Tensor) or signature(now) != known:
                 return None
             found.append(now)
+            if found[first] is not now:  # places that shared a tensor must still share it
+                return None
         return found
+
+    def _unchanged(self) -> bool:
+        return (
+            all(typed(_read(c, key), None) == value for c, key, value in self.values)
+            and all(_read(c, key) is x for c, key, x in self.identities)
+            and all(function(x) == value for x, function, value in self.snapshots)
+        )
 
     def _item(self, container, key) -> None:
         x = _read(container, key)
         if isinstance(x, torch.Tensor):
-            self.tensors.append((container, key, x))
+            first = self._first.setdefault(id(x), len(self.tensors))
+            self.tensors.append((container, key, x, signature(x), first))
         elif isinstance(x, _PLAIN):
-            self.values.append((container, key, x))
+            self.values.append((container, key, typed(x, None)))
         elif x is not _MISSING:
             self.identities.append((container, key, x))
             self._object(x)
 
     def _object(self, x) -> None:
-        if id(x) in self._seen or len(self._seen) > _LIMIT or isinstance(x, type):
+        if id(x) in self._seen or isinstance(x, _PLAIN):
             return
-        self._seen.add(id(x))
-        if isinstance(x, types.FunctionType):
-            self._function(x)
-        elif isinstance(x, types.MethodType):
-            self._object(x.__self__)
-            self._object(x.__func__)
-        elif isinstance(x, functools.partial):
-            for part in (x.func, x.args, x.keywords):
-                self._object(part)
-        elif isinstance(x, (list, tuple)):
-            self._container(x, range(len(x)))
-        elif isinstance(x, dict):
-            self._container(x, list(x))
-        elif isinstance(x, torch.nn.Module):
-            self._module(x)
-        elif (
-            not isinstance(x, types.ModuleType)
-            and hasattr(x, "__dict__")
-            and not _foreign(type(x).__module__)
-        ):
-            self._container(x.__dict__, list(x.__dict__))
-            self._methods(type(x))
+        self.complete = self.complete and len(self._seen) < _LIMIT
+        if self.complete:
+            self._seen.add(id(x))
+            for kind, explore in _KINDS:
+                if isinstance(x, kind):
+                    explore(self, x)
+                    return
+            self._instance(x)
+
+    def _parts(self, *parts) -> None:
+        for part in parts:
+            self._object(part)
+
+    def _snapshot(self, x, function) -> None:
+        self.snapshots.append((x, function, function(x)))
 
     def _container(self, x, keys) -> None:
-        self.lengths.append((x, len(x)))
-        for key in keys:
+        self._snapshot(x, len)
+        for key in list(keys):
             self._item(x, key)
 
-    def _module(self, module: torch.nn.Module) -> None:
-        for m in module.modules():
-            for store in (m._parameters, m._buffers, m._modules):
-                self._container(store, list(store))
-            for key, value in list(m.__dict__.items()):
-                if isinstance(value, (*_PLAIN, torch.Tensor, list, tuple)) or (
-                    key not in _MODULE_STATE and isinstance(value, dict)
-                ):
-                    self._item(m.__dict__, key)
-            self._methods(type(m))
+    def _instance(self, x) -> None:
+        """The attributes of an object and of its class; of a function object of others only what it wraps."""
+        attributes = getattr(x, "__dict__", {})
+        if type(x).__module__ == "numpy" and hasattr(x, "tobytes"):
+            self._snapshot(x, _bytes)
+        elif not (_foreign(type(x).__module__) and callable(x)):
+            self._container(attributes, attributes)
+        elif "__wrapped__" in attributes:
+            self._object(attributes["__wrapped__"])
+        self._class(type(x))
+        for cls in type(x).__mro__:
+            for slot in vars(cls).values():
+                if isinstance(slot, types.MemberDescriptorType) and not _foreign(cls.__module__):
+                    self._item(x, slot)
 
-    def _methods(self, cls: type) -> None:
-        if not _foreign(cls.__module__):
-            for value in vars(cls).values():
-                if isinstance(value, types.FunctionType):
-                    self._object(value)
+    def _module(self, module: torch.nn.Module) -> None:
+        self._snapshot(module.__dict__, len)
+        for key in [k for k in module.__dict__ if k not in _MODULE_STATE]:
+            self._item(module.__dict__, key)
+        self._class(type(module))
+
+    def _class(self, cls: type) -> None:
+        """Class attributes and methods, those of bases included."""
+        for c in cls.__mro__:
+            if c not in self._classes and not _foreign(c.__module__):
+                self._classes.add(c)
+                self._snapshot(vars(c), len)
+                for key, value in list(vars(c).items()):
+                    if not key.startswith("__") or isinstance(value, types.FunctionType):
+                        self._item(vars(c), key)
 
     def _function(self, f: types.FunctionType) -> None:
+        names, modules = _names(f.__code__), set()
         for cell in f.__closure__ or ():
-            self._item(cell, None)
-        self._object(f.__defaults__ or ())
-        self._object(f.__kwdefaults__ or {})
+            self._named(cell, None, names, modules)
+        self._item(f, "__defaults__")
+        self._item(f, "__kwdefaults__")
+        self._container(f.__dict__, f.__dict__)
         if not _foreign(f.__globals__.get("__name__")):
-            for name in _names(f.__code__):
-                self._global(f, name)
+            for name in names & f.__globals__.keys():
+                self._named(f.__globals__, name, names, modules)
 
-    def _global(self, f, name: str) -> None:
-        x = f.__globals__.get(name, _MISSING)
-        if isinstance(x, types.ModuleType):
-            if not _foreign(x.__name__):
-                for attribute in _names(f.__code__):
-                    if attribute in x.__dict__ and not isinstance(x.__dict__[attribute], types.ModuleType):
-                        self._item(x.__dict__, attribute)
-        elif x is not _MISSING:
-            self._item(f.__globals__, name)
+    def _named(self, container, key, names: set[str], modules: set) -> None:
+        """A variable of a function; of a module, what the function's names may find in it."""
+        x = _read(container, key)
+        if not isinstance(x, types.ModuleType):
+            self._item(container, key)
+        elif not _foreign(x.__name__) and x not in modules:
+            modules.add(x)
+            self.identities.append((container, key, x))
+            for name in names & x.__dict__.keys():
+                self._named(x.__dict__, name, names, modules)
 
 
-_MODULE_STATE = set(torch.nn.Module().__dict__)
+def _bytes(array) -> tuple:
+    return array.dtype, array.shape, array.tobytes()
+
+
+_KINDS = (
+    (types.FunctionType, Guards._function),
+    (types.MethodType, lambda self, x: self._parts(x.__self__, x.__func__)),
+    (functools.partial, lambda self, x: self._parts(x.func, x.args, x.keywords)),
+    ((staticmethod, classmethod), lambda self, x: self._parts(x.__func__)),
+    (property, lambda self, x: self._parts(x.fget)),
+    (types.ModuleType, lambda self, x: None),
+    (type, Guards._class),
+    (torch.nn.Module, Guards._module),
+    ((list, tuple, collections.deque), lambda self, x: self._container(x, range(len(x)))),
+    ((dict, types.MappingProxyType), lambda self, x: self._container(x, x)),
+    ((set, frozenset), lambda self, x: self._snapshot(x, frozenset)),
+)
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -163,19 +206,18 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _read(container, key):
+    if type(container) is dict:
+        return container.get(key, _MISSING)
     try:
-        return (
-            container.cell_contents
-            if key is None and isinstance(container, types.CellType)
-            else container[key]
-        )
-    except (KeyError, IndexError, ValueError):
+        if isinstance(container, types.CellType):
+            return container.cell_contents
+        if isinstance(container, types.FunctionType):
+            return getattr(container, key)
+        if isinstance(key, types.MemberDescriptorType):
+            return key.__get__(container)
+        return container[key]
+    except (KeyError, IndexError, ValueError, AttributeError):
         return _MISSING
-
-
-def same_signature(a, b: torch.Tensor) -> bool:
-    """True if a tensor can stand in for another without a new capture."""
-    return isinstance(a, torch.Tensor) and signature(a) == signature(b)
 
 
 def signature(t: torch.Tensor) -> tuple:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
+import types
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 
@@ -61,14 +63,13 @@ class _Entry:
     def __init__(self, captured: Captured, guards: Guards):
         self.captured, self.guards = captured, guards
         self.call = compiled(captured.graph)
-        places = {id(t): i for i, (_, _, t) in reversed(list(enumerate(guards.tensors)))}
+        places = {id(t): first for _, _, t, _, first in guards.tensors}
         self.places = [places.get(id(t)) for t in captured.captures]
-        self.stale = None in self.places
 
     def closures(self) -> list[torch.Tensor] | None:
         """The tensors now closed over, or None if the capture no longer holds."""
-        found = None if self.stale else self.guards.current()
-        return found and [found[i] for i in self.places] if found != [] else []
+        found = None if None in self.places else self.guards.current()
+        return None if found is None else [found[i] for i in self.places]
 
 
 def jit(f: Callable, *, static_argnums=(), static_argnames=(), cache_size: int | None = 128) -> Callable:
@@ -91,19 +92,21 @@ class _Jit:
             (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
         )
         self.cache_size = cache_size
+        self._lock = threading.RLock()
         self.clear_cache()
 
     def clear_cache(self) -> None:
         """Forget every compiled signature."""
-        self._entries: OrderedDict = OrderedDict()
-        self._hits = self._misses = 0
+        with self._lock:
+            self._entries: OrderedDict = OrderedDict()
+            self._hits = self._misses = 0
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses (captures made), bound and number of signatures."""
         return CacheInfo(self._hits, self._misses, self.cache_size, len(self._entries))
 
     def __get__(self, instance, owner=None):
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else types.MethodType(self, instance)
 
     @entry
     def __call__(self, *args, **kwargs):
@@ -112,42 +115,48 @@ class _Jit:
         f, args, kwargs, static = self._static(args, kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         check_tensors("jit", leaves)
-        tensors = [x for x in leaves if is_tensor(x)]
-        key = (tree, static, tuple(map(_leaf_key, leaves)), _modes())
-        entry, closures = self._entry(key, f, leaves, tree, tensors)
-        results = run(entry.captured.graph, _compile_with(entry), [*tensors, *closures])
-        return entry.captured.outputs(write_back(entry.captured.graph, tensors + closures, results))
+        names = tuple((k, type(x), typed(x, None)) for k, x in static.items())
+        key = (tree, names, tuple(map(_leaf_key, leaves)), _modes())
+        entry, closures = self._entry(key, f, leaves, tree, static.values())
+        inputs = [x for x in leaves if is_tensor(x)] + closures
+        results = run(entry.captured.graph, _compile_with(entry), inputs)
+        return entry.captured.outputs(write_back(entry.captured.graph, inputs, results))
 
-    def _entry(self, key, f, leaves, tree, tensors):
-        entry = self._entries.get(key)
-        closures = entry.closures() if entry is not None else None
-        if closures is not None:
-            self._hits += 1
+    def _entry(self, key, f, leaves, tree, static):
+        """The entry of a signature, made if there is none that holds, and the tensors it closes over."""
+        with self._lock:
+            entry = self._entries.get(key)
+        closures = entry and entry.closures()
+        hit = closures is not None
+        if not hit:
+            guards = Guards.of(self.function, *static, *(x for x in leaves if not is_tensor(x)))
+            tracks = [x.requires_grad for x in leaves if is_tensor(x)]
+            captured = capture(
+                f,
+                leaves,
+                tree,
+                vals_of(leaves),
+                tracks=tracks,
+                grad=torch.is_grad_enabled(),
+                writable=lambda i: True,
+            )
+            entry, closures = _Entry(captured, guards), captured.captures
+        with self._lock:
+            self._hits, self._misses = self._hits + hit, self._misses + (not hit)
+            self._entries[key] = entry
             self._entries.move_to_end(key)
-            return entry, closures
-        self._misses += 1
-        guards = Guards.of(f)
-        captured = capture(
-            f,
-            leaves,
-            tree,
-            vals_of(leaves),
-            tracks=[t.requires_grad for t in tensors],
-            writable=lambda i: True,
-        )
-        entry = self._entries[key] = _Entry(captured, guards)
-        while self.cache_size is not None and len(self._entries) > self.cache_size:
-            self._entries.popitem(last=False)
-        return entry, captured.captures
+            while self.cache_size is not None and len(self._entries) > self.cache_size:
+                self._entries.popitem(last=False)
+        return entry, closures
 
     def _static(self, args, kwargs):
-        """(function of the other arguments, these, a key of the static ones)."""
+        """(function of the other arguments, these, the static ones by position or name)."""
         if not self.static_argnums and not self.static_argnames:
-            return self.function, args, kwargs, ()
-        positions = {i % len(args) for i in self.static_argnums if -len(args) <= i < len(args)}
+            return self.function, args, kwargs, {}
+        positions = sorted({i % len(args) for i in self.static_argnums if -len(args) <= i < len(args)})
         fixed = {i: args[i] for i in positions}
         named = {k: kwargs[k] for k in self.static_argnames if k in kwargs}
-        _check_hashable(fixed, named)
+        _check_hashable(fixed | named)
 
         def f(*rest, **keywords):
             rest = iter(rest)
@@ -156,11 +165,7 @@ class _Jit:
             )
 
         rest = tuple(a for i, a in enumerate(args) if i not in positions)
-        key = (
-            tuple(sorted((i, type(v), typed(v, None)) for i, v in fixed.items())),
-            tuple(sorted((k, type(v), typed(v, None)) for k, v in named.items())),
-        )
-        return f, rest, {k: v for k, v in kwargs.items() if k not in named}, key
+        return f, rest, {k: v for k, v in kwargs.items() if k not in named}, fixed | named
 
     def lower(self, *args, **kwargs) -> Lowered:
         """Capture for these arguments (tensors, `spec`s for symbolic sizes, plain values) without running."""
@@ -195,7 +200,20 @@ def _compile_with(entry: _Entry):
 def _leaf_key(x):
     if is_tensor(x):
         return signature(x)
-    return (type(x), typed(x, None)) if _hashable(x) else (type(x), id(x))
+    return (type(x), typed(x, None)) if _hashable(x) else _Same(x)
+
+
+class _Same:
+    """Equal for one and the same object, which it keeps alive."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Same) and other.x is self.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
 
 
 def _hashable(x) -> bool:
@@ -206,11 +224,11 @@ def _hashable(x) -> bool:
         return False
 
 
-def _check_hashable(fixed, named) -> None:
-    for name, value in [*fixed.items(), *named.items()]:
-        if not _hashable(value):
+def _check_hashable(static) -> None:
+    for name, value in static.items():
+        if not _hashable(value) or any(map(is_tensor, pytree.tree_leaves(value))):
             raise errors.TypeOfArgument(
-                what=f"jit: the static argument {name!r} of type {type(value).__name__} cannot be hashed",
+                what=f"jit: the static argument {name!r} of type {type(value).__name__} cannot be hashed by value",
                 instead="Pass a hashable value, or let it be an ordinary argument.",
             )
 

@@ -22,6 +22,11 @@ class _Tensor:
 TENSOR = _Tensor()
 
 
+def resolved(tensors) -> list[torch.Tensor]:
+    """Tensors without conjugate and negative bits, of which a graph knows nothing."""
+    return [t.resolve_conj().resolve_neg() if t.is_conj() or t.is_neg() else t for t in tensors]
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
     """Structures of arguments `(args, kwargs)` and result; leaves are `TENSOR` or the plain value that belongs there."""
@@ -49,7 +54,7 @@ class Signature:
                 raise self._mismatch(
                     f"tensor argument {i} is {Val(tuple(x.shape), x.dtype, x.device)}, not {v}"
                 )
-        return tensors
+        return resolved(tensors)
 
     def outputs(self, tensors: list):
         """The result made of these tensors."""

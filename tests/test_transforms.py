@@ -74,7 +74,7 @@ def mixed(x, y, z):
     return (x.sin() @ z @ y.exp()).cos() + (x * y).sum()
 
 
-# ----- argnums, has_aux, keyword arguments, structures of arguments and results -----------------------------------------
+# ----- argnums, has_aux, keyword arguments, structures of arguments and results ---------------------------------------
 
 REVERSE = {
     "grad": lambda T, f, **k: T.grad(f, **k),
@@ -277,7 +277,7 @@ def test_complex_arguments():
         agree("uncompiled", program, z)
 
 
-# ----- in_dims, out_dims --------------------------------------------------------------------------------------------------
+# ----- in_dims, out_dims ----------------------------------------------------------------------------------------------
 
 A, B = draw(2, 3, 4), draw(4, 2, 3, seed=3)
 IN_DIMS = [  # in_dims, function, arguments
@@ -406,7 +406,7 @@ def test_a_tensor_made_of_a_tensor_is_a_constant(copy, mode):
     agree(mode, lambda T, x: T.grad(lambda x: (torch.as_tensor(x) * x + torch.asarray(x) * x).sum())(x), X)
 
 
-# ----- what may be transformed --------------------------------------------------------------------------------------------
+# ----- what may be transformed ----------------------------------------------------------------------------------------
 
 
 class Callable:
@@ -472,7 +472,7 @@ def test_a_transformed_function_keeps_its_name():
         assert (transform(loss).__name__, transform(loss).__doc__) == ("loss", "Doc.")
 
 
-# ----- modules ----------------------------------------------------------------------------------------------------------------
+# ----- modules --------------------------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -605,7 +605,7 @@ def test_ordinary_parameters_that_require_grad():
     agree("uncompiled", lambda T, x: T.grad(lambda p: T.functional_call(net, p, x).sum())(params), DATA)
 
 
-# ----- nestings ---------------------------------------------------------------------------------------------------------------
+# ----- nestings -------------------------------------------------------------------------------------------------------
 
 W = draw(2, 2, seed=11)
 
@@ -718,7 +718,7 @@ def test_gradcheck_and_gradgradcheck(name, mode):
     assert torch.autograd.gradgradcheck(f, inputs)
 
 
-# ----- linearize, make_graph, stop_gradient, what is for later -------------------------------------------------------------
+# ----- linearize, make_graph, stop_gradient, what is for later --------------------------------------------------------
 
 
 def test_linearize_does_not_run_the_function_again():
