@@ -7,6 +7,7 @@ captured on their own over what it saved. Batching opens the body, so a `vmap` s
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ def hooks():
     global _depth
     with _lock:
         _depth += 1
-        torch._C._are_functorch_transforms_active = lambda: _in_user_code() or _torch_active()
+        torch._C._are_functorch_transforms_active = _active
         torch.autograd.function.custom_function_call = _dispatch
     try:
         yield
@@ -47,6 +48,14 @@ def hooks():
             if not _depth:
                 torch._C._are_functorch_transforms_active = _torch_active
                 torch.autograd.function.custom_function_call = _torch_call
+
+
+def _active() -> bool:
+    if _in_user_code() and sys._getframe(1).f_code is torch.autograd.backward.__code__:
+        raise errors.UnsupportedInside(
+            what="torch.autograd", instead="Use fxfunc.grad or fxfunc.vjp, which nest."
+        )
+    return _in_user_code() or _torch_active()
 
 
 def _in_user_code() -> bool:

@@ -81,12 +81,12 @@ class _Walk:
         return substitute(n.args, get), {k: substitute(v, get) for k, v in n.kwargs.items()}
 
     def _call(self, n: Node, args, kwargs):
-        canonical = CANONICAL.get(n.target)
-        return (
-            canonical(self.b, n.meta["val"], *args, **kwargs)
-            if canonical
-            else self.b.emit(n.target, args, kwargs)
-        )
+        val, canonical = n.meta["val"], CANONICAL.get(n.target)
+        if canonical:
+            return canonical(self.b, val, *args, **kwargs)
+        if isinstance(val, Val):
+            args, kwargs = _explicit(n.target, val, args, kwargs)
+        return self.b.emit(n.target, args, kwargs)
 
     def _item(self, n: Node) -> None:
         source, i = n.args
@@ -157,6 +157,41 @@ class _Walk:
             self.version[n] = self.version.get(n, 0) + 1
             self.writer[n] = writer
         self.env[n] = value
+
+
+def _explicit(op, val: Val, args, kwargs):
+    """A call whose result does not depend on the default dtype and device of whoever runs it."""
+    arguments = {a.name for a in op._schema.arguments} if isinstance(op, torch._ops.OpOverload) else ()
+    given = [x for x in args if isinstance(x, Value)]
+    if not given and "dtype" in arguments and not any(map(_holds_values, args)):
+        return args, {**kwargs, "dtype": val.dtype, "device": val.device}
+    if op in _FROM_INTEGERS and val.dtype.is_floating_point and not any(x.val.differentiable for x in given):
+        return tuple(x.to(val.dtype) if isinstance(x, Value) else x for x in args), kwargs
+    return args, kwargs
+
+
+def _holds_values(x) -> bool:
+    return isinstance(x, Value) or (isinstance(x, (list, tuple)) and any(map(_holds_values, x)))
+
+
+# Elementwise ops that take integers and answer in the default dtype.
+_FROM_INTEGERS = {
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        *((name, "Tensor") for name in "add sub mul div".split()),
+        *(
+            (name, "default")
+            for name in "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp exp2 expm1".split()
+        ),
+        *(
+            (name, "default")
+            for name in "log log2 log10 log1p sqrt rsqrt sigmoid erf erfc erfinv lgamma digamma".split()
+        ),
+        *((name, "default") for name in "reciprocal atan2".split()),
+        ("pow", "Tensor_Scalar"),
+        ("pow", "Scalar"),
+    )
+}
 
 
 def _is_write(n: Node) -> bool:

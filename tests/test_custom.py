@@ -272,3 +272,8 @@ def test_custom_op_without_a_formula_raises_until_it_is_given_rules():
 def test_register_rule_refuses_what_is_no_operator(op):
     with pytest.raises(fxfunc.errors.TypeOfArgument, match="no operator"):
         fxfunc.register_rule(op, jvp=[])
+
+
+def test_torch_autograd_backward_inside_is_refused_by_name():
+    with pytest.raises(fxfunc.errors.UnsupportedInside, match=r"torch.autograd.*test_custom.py"):
+        fxfunc.grad(lambda v: torch.autograd.backward(v.sum()) or v.sum())(x())

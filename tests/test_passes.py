@@ -167,3 +167,27 @@ def test_a_question_about_a_size_is_answered_for_all_sizes_or_not_at_all():
     assert fxfunc.jit(always).lower(spec)
     with pytest.raises(errors.DynamicShape, match=r"test_passes.py"):
         fxfunc.jit(lambda v: v.sum() if v.shape[0] > 3 else v.mean()).lower(spec)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda i: i / 2,
+        lambda i: i * 0.5,
+        lambda i: i.sin() + i.sqrt(),
+        lambda i: i**0.5,
+        lambda i: torch.arange(0.0, 3) + i,
+        lambda i: torch.eye(3)[0] * i,
+        lambda i: torch.linspace(0, 1, 3) * i,
+        lambda i: i.float().mean() / 3,
+    ],
+)
+def test_a_compiled_function_does_not_depend_on_the_default_dtype_of_its_caller(f):
+    i = torch.arange(3)
+    compiled, expected = fxfunc.jit(f).lower(i).compile("eager"), f(i)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = compiled(i)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
