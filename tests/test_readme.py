@@ -33,7 +33,6 @@ def namespace(tmp_path_factory):
 
 def test_per_sample_gradients_are_those_of_torch_func(namespace):
     params, x, y = namespace["params"], torch.randn(3, 784), torch.tensor([1, 2, 3])
-    expected = torch.func.vmap(torch.func.grad(namespace["loss"]), (None, 0, 0))
     torch_loss = lambda p, x, y: torch.nn.functional.cross_entropy(
         torch.func.functional_call(namespace["model"], p, (x,)), y
     )
