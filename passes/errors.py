@@ -85,7 +85,7 @@ class MixedDevices(FxfuncError, RuntimeError):
     fix = "Move its inputs to one device with .to(device)."
 
 
-class NotDifferentiable(FxfuncError, RuntimeError):
+class NotDifferentiable(FxfuncError, RuntimeError, ValueError):
     message = "{transform} cannot differentiate {what}: {dtype} is not a floating point or complex dtype"
     fix = "Convert it to float, or leave it out of argnums."
 
