@@ -11,7 +11,20 @@ import warnings
 
 from . import errors
 from .dims import Size
-from .graph import Graph, Val, custom, graft, is_random, linear_call, map_, scan, stop_gradient, stop_reverse
+from .graph import (
+    Graph,
+    Val,
+    custom,
+    extract,
+    graft,
+    is_random,
+    linear_call,
+    map_,
+    reached,
+    scan,
+    stop_gradient,
+    stop_reverse,
+)
 from .infer import infer
 from .record import Builder, Value, aten, vals
 from .regions import emit_scan
@@ -89,8 +102,6 @@ class Batch:
         graph = single(op, args, kwargs)
         consts = [(n, t) for n, t in zip(graph.inputs, tensors, strict=True) if not isinstance(t, Mapped)]
         xs = [(n, t.x) for n, t in zip(graph.inputs, tensors, strict=True) if isinstance(t, Mapped)]
-        from .graph import extract
-
         ordered = extract([n for n, _ in consts + xs], list(graph.outputs))
         outs = emit_scan(self.b, ordered, [t for _, t in consts], [], [t for _, t in xs], self.length)
         return self.wrap(outs[0] if isinstance(out, Val) else tuple(outs), out)
@@ -150,8 +161,6 @@ def _unscanned(result: Value, batched: bool, val: Val, stacked: bool):
 
 def _batched_outputs(ctx: Batch, body: Graph, flags) -> list[bool]:
     """Which outputs of a body carry the axis."""
-    from .graph import reached
-
     starts = [n for n, f in zip(body.inputs, flags, strict=True) if f]
     found = reached(body.nodes, [*starts, *body.draws])
     return [n in found for n in body.outputs]

@@ -656,7 +656,28 @@ def wasteful(h, a):
     return h * a, None
 
 
+class NoisyBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, ct):
+        return ct * ctx.saved_tensors[0] * torch.rand(3, dtype=F64)
+
+
 RANDOM = {
+    "drawn in a backward": lambda T, x, v: T.grad(lambda v: (NoisyBackward.apply(v) * v).sum())(v),
+    "drawn in a backward, in a scan in a map": lambda T, x, v: T.vmap(
+        T.grad(lambda v: T.scan(lambda h, a: (NoisyBackward.apply(h) * a, None), v, x)[0].sum()),
+        randomness="different",
+    )(x),
     "vmap": lambda T, x, v: T.vmap(noisy, (0, None), randomness="different")(x, v),
     "vmap of grad": lambda T, x, v: T.vmap(T.grad(noisy), (0, None), randomness="different")(x, v),
     "vmap of grad by the unmapped": lambda T, x, v: T.vmap(
