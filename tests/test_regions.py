@@ -158,6 +158,9 @@ MAPS = {
             x
         ).sum()
     )(v),
+    "shares that do not vary": lambda T, x, w, v: T.grad(
+        lambda x, v: T.vmap(lambda a: a.sin() + v * 3)(x).sum(), (0, 1)
+    )(x, v),
     "negative dims and dicts": lambda T, x, w, v: T.vmap(
         lambda p, b: {"y": p["a"] * b}, ({"a": -1}, None), -1
     )({"a": w}, v),
