@@ -184,12 +184,14 @@ def dump_val(val: Val):
     return _dump_val(val)
 
 
-def _load_vals(data):
-    return (
-        tuple(None if v is None else load_val(v) for v in data["many"])
-        if isinstance(data, dict)
-        else load_val(data)
-    )
+def _load_vals(data, known: dict):
+    """A Val or a tuple of them; `known` holds those read before, since most values of a graph are alike."""
+    if isinstance(data, dict):
+        return tuple(None if v is None else _load_vals(v, known) for v in data["many"])
+    text = repr(data)
+    if text not in known:
+        known[text] = load_val(data)
+    return known[text]
 
 
 def _load_size(s):
@@ -281,6 +283,7 @@ def _load_graph(data: dict, literals) -> Graph:
     fx = torch.fx.Graph()
     nodes: list[Node] = []
     names: set[str] = set()
+    known: dict[str, Val] = {}
     for name, val in data["inputs"]:
         nodes.append(_node(fx, names, "placeholder", name, _identifier(name), (), {}, load_val(val)))
     for name, target, args, kwargs, val in data["nodes"]:
@@ -288,7 +291,14 @@ def _load_graph(data: dict, literals) -> Graph:
         keywords = {_identifier(k): _load(v, nodes, literals) for k, v in kwargs.items()}
         nodes.append(
             _node(
-                fx, names, "call_function", name, _load_target(target), arguments, keywords, _load_vals(val)
+                fx,
+                names,
+                "call_function",
+                name,
+                _load_target(target),
+                arguments,
+                keywords,
+                _load_vals(val, known),
             )
         )
     fx.output(tuple(None if i is None else nodes[_index(i, nodes)] for i in data["outputs"]))

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from fxfunc.codegen import backends, launch, serial
 from fxfunc.passes import errors
 
+from .entry import no_collection
 from .jit import Capture, Compiled
 from .signature import TENSOR, Signature
 
@@ -215,6 +216,7 @@ def check(path, key: bytes | None = None) -> dict:
     return _read(os.fspath(path), key)[0]
 
 
+@no_collection()
 def load(
     path,
     *,

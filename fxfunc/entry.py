@@ -1,9 +1,12 @@
-"""Entry points under torch.compile: Dynamo runs them as they are, with a graph break, and never traces our code."""
+"""What entry points share: `entry` (under torch.compile Dynamo runs them as they are, with a graph break, and never traces
+our code) and `no_collection`."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,3 +26,16 @@ def entry(function: Callable) -> Callable:
 
 
 _dynamo.set_code_exec_strategy(entry(len).__code__, _SKIP)  # one code object, whatever it wraps
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No full garbage collection inside: one is due since torch was imported, walks all of torch (0.1 s) and finds nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.collect(1)  # the young objects only; leaves the counters low
+            gc.enable()

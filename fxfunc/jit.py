@@ -21,7 +21,7 @@ from fxfunc.passes.graph import Graph, Val, typed
 from fxfunc.passes.trace import current, val_of
 
 from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of, write_back
-from .entry import entry
+from .entry import entry, no_collection
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
 
@@ -167,6 +167,7 @@ class _Jit:
         rest = tuple(a for i, a in enumerate(args) if i not in positions)
         return f, rest, {k: v for k, v in kwargs.items() if k not in named}, fixed | named
 
+    @no_collection()
     def lower(self, *args, **kwargs) -> Lowered:
         """Capture for these arguments (tensors, `spec`s for symbolic sizes, plain values) without running."""
         f, args, kwargs, _ = self._static(args, kwargs)
@@ -263,6 +264,7 @@ class Lowered:
         """The graph as typed text."""
         return str(self.graph)
 
+    @no_collection()
     def compile(self, backend: str | None = None, target: str | None = None) -> Compiled:
         """Compile for a backend ("eager", "triton"; None picks by device) and target ("cpu", "cuda:80", "cuda:90").
 
