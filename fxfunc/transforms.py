@@ -50,7 +50,9 @@ def _argnums(transform: str, argnums, count: int) -> tuple[int, ...]:
 class _Call:
     """One call of a transformed function: its arguments flat, and which tensor leaves are differentiated."""
 
-    def __init__(self, transform: str, function, args, kwargs, argnums, *, reverse: bool = True):
+    def __init__(
+        self, transform: str, function, args, kwargs, argnums, *, reverse: bool = True, randomness=None
+    ):
         self.transform = transform
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         check_tensors(transform, self.leaves)
@@ -70,6 +72,7 @@ class _Call:
             self.spec,
             vals_of(self.leaves),
             tracks=self.marked if reverse else (),
+            randomness=randomness,
             writable=lambda i: i < len(self.marked) and not self.marked[i],
         )
         self.graph = self.captured.graph
@@ -443,8 +446,8 @@ def _column(t, out, val: Val):
     return t.movedim(0, -1).reshape([*out.shape, *val.shape])
 
 
-def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs):
-    call = _Call(transform, f, args, kwargs, argnums, reverse=transform == "jacrev")
+def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs, randomness=None):
+    call = _Call(transform, f, args, kwargs, argnums, reverse=transform == "jacrev", randomness=randomness)
     marks, split = _split_aux(transform, call.captured, has_aux)
     count = _count_outputs(transform, marks)
     width = sum(call.marked)
@@ -475,13 +478,16 @@ def jacrev(
 def jacfwd(
     f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, randomness: str = "error"
 ) -> Callable:
-    """As jacrev, by forward mode. Follows torch.func.jacfwd."""
+    """As jacrev, by forward mode. Follows torch.func.jacfwd.
+
+    randomness: "error" raises RandomInVmap for a function that draws; with "different" it draws once, for all columns.
+    """
     _check_randomness(randomness)
 
     @entry
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
-        jacobian, aux = _jacobian("jacfwd", _jacfwd_graph, f, argnums, has_aux, args, kwargs)
+        jacobian, aux = _jacobian("jacfwd", _jacfwd_graph, f, argnums, has_aux, args, kwargs, randomness)
         return (jacobian, aux) if has_aux else jacobian
 
     return wrapper

@@ -105,3 +105,14 @@ def test_semantics_15_an_unused_draw_still_moves_the_stream():
     found = fxfunc.jit(f)(torch.zeros(3))
     torch.manual_seed(0)
     assert torch.equal(found, f(torch.zeros(3)))
+
+
+def test_semantics_15_a_jacobian_is_that_of_one_draw():
+    f = lambda v: v * torch.rand(3)
+    for transform in (fxfunc.jacfwd, fxfunc.hessian):
+        with pytest.raises(fxfunc.errors.RandomInVmap):
+            transform(f if transform is fxfunc.jacfwd else lambda v: (f(v) ** 2).sum())(torch.ones(3))
+    torch.manual_seed(0)
+    found = fxfunc.jacfwd(f, randomness="different")(torch.ones(3))
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.diag(torch.rand(3)))

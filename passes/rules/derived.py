@@ -89,6 +89,8 @@ def _traced(function, in_vals) -> Graph | str:
 @_memoised
 def _push(s: _Signature, wrt: tuple[int, ...]) -> Graph | str:
     """tensors, then the tangents of `wrt` -> the tangents of the differentiable results."""
+    if s.op.namespace != "aten":
+        return "torch.func.jvp calls the tangent of an op of a library zero"
 
     def push(*inputs):
         tensors, ts = inputs[: len(s.ins)], inputs[len(s.ins) :]
