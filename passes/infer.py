@@ -290,6 +290,32 @@ def _elementwise(*args, **kwargs):
     return None if shape is None else Val(shape, first.dtype, first.device)
 
 
+def _compare(a, b):
+    tensors = [x for x in (a, b) if isinstance(x, Val)]
+    shape = broadcast([t.shape for t in tensors])
+    real = not any(isinstance(x, complex) for x in (a, b)) and not any(t.dtype.is_complex for t in tensors)
+    alike = len({t.device for t in tensors}) == 1
+    return Val(shape, torch.bool, a.device) if real and alike and shape is not None else None
+
+
+def _where(condition, a, b):
+    shape = broadcast([condition.shape, a.shape, b.shape])
+    alike = a.dtype == b.dtype and condition.dtype == torch.bool and condition.device == a.device == b.device
+    return Val(shape, a.dtype, a.device) if alike and shape is not None else None
+
+
+def _gather(a, dim, index, **kwargs):
+    if a.ndim != index.ndim or not a.ndim or index.dtype != torch.int64 or a.device != index.device:
+        return None
+    fits = all(s == t for d, (s, t) in enumerate(zip(a.shape, index.shape, strict=True)) if d != dim % a.ndim)
+    return Val(index.shape, a.dtype, a.device) if fits else None
+
+
+def _scatter(a, dim, index, src):
+    alike = index.shape == src.shape and (a.dtype, a.device) == (src.dtype, src.device)
+    return a if alike and _gather(a, dim, index) is not None else None
+
+
 def broadcast(shapes) -> tuple | None:
     """The common shape, or None if there is none."""
     out = [1] * max(map(len, shapes))
@@ -365,6 +391,14 @@ KNOWN = {
         ],
         _elementwise,
     ),
+    **{
+        getattr(getattr(aten, name), overload): _compare
+        for name in ("eq", "ne", "lt", "le", "gt", "ge")
+        for overload in ("Scalar", "Tensor")
+    },
+    aten.where.self: _where,
+    aten.gather.default: _gather,
+    aten.scatter_add.default: _scatter,
     aten.sum.dim_IntList: _sum,
     aten.mean.dim: _sum,
     aten.mean.default: lambda a, *, dtype=None: (

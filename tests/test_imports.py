@@ -119,6 +119,18 @@ def test_the_eager_backend_runs_without_the_other_dependencies():
     subprocess.run([sys.executable, "-c", block + USE], check=True)
 
 
+MAIN_JOB = """
+import sys, torch, fxfunc
+from fxfunc.bench import digits_main
+digits_main.compile_meta_step(digits_main.parse([]))
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+"""
+
+
+def test_compiling_the_main_job_imports_no_dynamo():
+    subprocess.run([sys.executable, "-c", MAIN_JOB], check=True)
+
+
 @pytest.mark.parametrize("folder", ["passes", "codegen", "bench"])
 def test_a_folder_imported_bare_says_how_to_import_it(folder):
     done = subprocess.run(
