@@ -1133,7 +1133,9 @@ def test_compiled_methods():
 
 
 @pytest.mark.parametrize(
-    "f", [Config(), functools.partial(torch.mul, W), Net(), torch.sin, Config().method], ids=repr
+    "f",
+    [Config(), functools.partial(torch.mul, W), Net(), torch.sin, Config().method],
+    ids=["callable", "partial", "module", "builtin", "method"],
 )
 def test_kinds_of_functions(f):
     jitted = fxfunc.jit(f)
