@@ -7,6 +7,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,9 @@ from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.place import place
 
 from . import eager
-from .launch import Binary, launch
+
+if TYPE_CHECKING:
+    from .launch import Binary
 
 BACKENDS = ("eager", "triton")
 
@@ -109,6 +112,8 @@ def _triton(graph: Graph, target: str) -> Program:
 
 def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str) -> Program:
     """A program of compiled kernels, which runs where there is a GPU."""
+    from .launch import launch
+
     launchers = {b.kernel: functools.partial(launch, b) for b in kernels}
     call = eager.emit(native, launchers) if _is_here(target) else None
     return Program(graph, "triton", target, call, native, kernels)

@@ -16,14 +16,13 @@ import hmac
 import importlib.metadata
 import json
 import os
-import tempfile
 import zipfile
 from collections import OrderedDict
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxfunc.codegen import backends, launch, serial
+from fxfunc.codegen import backends, serial
 from fxfunc.passes import errors
 
 from .entry import no_collection
@@ -119,6 +118,8 @@ def _bytes(t: torch.Tensor) -> bytes:
 
 def _write(path: str, members: dict[str, bytes]) -> None:
     """All members into a zip beside `path`, then renamed over it."""
+    import tempfile
+
     try:
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".fxfunc-")
     except OSError as e:
@@ -285,6 +286,7 @@ def _check_counts(graph, signature, listed, stored) -> None:
 
 def _native(members, graph, literals, target) -> backends.Program:
     """The program of stored kernels: the only way by which code from a file runs."""
+    from fxfunc.codegen import launch
     from fxfunc.codegen.fuse import kernels_of
 
     native = serial.load(json.loads(members[_NATIVE]), literals)
