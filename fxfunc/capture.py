@@ -25,7 +25,8 @@ from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.record import Builder
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import Recorder, current, tracked, val_of
+from fxfunc.passes.trace import Recorder
+from fxfunc.passes.tracer import current, tracked, val_of
 
 from . import custom
 from .signature import resolved

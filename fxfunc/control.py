@@ -12,7 +12,7 @@ from fxfunc.passes.infer import rewriting
 from fxfunc.passes.record import Builder
 from fxfunc.passes.regions import emit_scan
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import tracked, val_of
+from fxfunc.passes.tracer import tracked, val_of
 
 from .capture import capture, check_tensors, execute, is_tensor
 from .entry import entry

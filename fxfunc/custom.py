@@ -18,10 +18,12 @@ from torch.utils import _pytree as pytree
 from fxfunc.passes import errors
 from fxfunc.passes.graph import Graph, Val, custom
 from fxfunc.passes.infer import forget
+from fxfunc.passes.intercept import OF_LIBRARY
 from fxfunc.passes.record import Builder
 from fxfunc.passes.rules import ROWS, Row
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import OF_LIBRARY, Recorder, Tracer, current, tracked, val_of
+from fxfunc.passes.trace import Recorder
+from fxfunc.passes.tracer import Tracer, current, tracked, val_of
 
 _lock = threading.Lock()
 _depth = 0

@@ -18,7 +18,7 @@ from fxfunc.codegen.backends import Program
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Val, typed
-from fxfunc.passes.trace import current, val_of
+from fxfunc.passes.tracer import current, val_of
 
 from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of, write_back
 from .entry import entry, no_collection

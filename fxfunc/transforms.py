@@ -22,7 +22,7 @@ from fxfunc.passes.record import Builder, aten
 from fxfunc.passes.regions import emit_map
 from fxfunc.passes.rules.region import differentiate, transposed
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.trace import val_of
+from fxfunc.passes.tracer import val_of
 
 from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of, write_back
 from .entry import entry

@@ -941,7 +941,7 @@ def test_an_exception_leaves_the_cache_and_the_tracing_clean():
         with pytest.raises(Broken):
             jitted(X)
         assert jitted.cache_info() == (0, 0, 128, 0)
-        assert not isinstance(X * 2, fxfunc.passes.trace.Tracer)
+        assert not isinstance(X * 2, fxfunc.passes.tracer.Tracer)
     broken = False
     same(jitted(X), X * 3)
     broken = True

@@ -1,0 +1,260 @@
+"""Calls that a capture does not record as they come. Tables: `DISPATCH` by ATen overload, `FUNCTIONS` by torch function.
+
+A handler of DISPATCH gets the recorder and the call and gives what the call returns. One of FUNCTIONS stands in for a torch
+function whose meaning is lost below it: a user's detach, reading a value, indexing with tracers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import errors
+from .graph import stop_gradient
+from .infer import hermetic
+from .tracer import Tracer, current, tracked
+
+aten = torch.ops.aten
+
+
+def is_mask(index) -> bool:
+    """True for an index by truth values, whose result has a size that depends on them."""
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _value_dependent(recorder, func, *args, **kwargs):
+    raise errors.ValueDependent(op="Tensor.item() or bool(tensor)")
+
+
+def _lift_fresh(recorder, func, x):
+    if isinstance(x, Tracer):
+        return x
+    with hermetic():
+        return Tracer(recorder, recorder.builder.constant(x))
+
+
+def _same(recorder, func, x):
+    return Tracer(recorder, recorder.lift(x), tracked(x))
+
+
+def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
+    """Batch norm writes to its running statistics without saying so: the functional form and two writes."""
+
+    def call(op, *args):
+        return recorder.__torch_dispatch__(op, (), args)
+
+    if not training:
+        return call(aten._native_batch_norm_legit_no_training.default, x, w, b, mean, var, momentum, eps)
+    if mean is None:
+        return call(aten._native_batch_norm_legit.no_stats, x, w, b, True, momentum, eps)
+    *out, new_mean, new_var = call(
+        aten._native_batch_norm_legit_functional.default, x, w, b, mean, var, True, momentum, eps
+    )
+    for statistics, new in ((mean, new_mean), (var, new_var)):
+        call(aten.copy_.default, statistics, recorder.emit(stop_gradient, (new.value,)))
+    return tuple(out)
+
+
+def _cudnn_batch_norm(recorder, func, *args):
+    return (
+        *_batch_norm(recorder, func, *args),
+        recorder.__torch_dispatch__(aten.new_empty.default, (), (args[0], [0])),
+    )
+
+
+def _linalg_check(recorder, func, info, api_name, *, is_matrix):
+    """torch.linalg raises where a matrix is singular or not positive definite; a graph has NaN there, as in JAX."""
+    if not any(t is info for t in recorder.results):
+        raise errors.ValueDependent(op=func)
+    failed = recorder.builder.emit(aten.ne.Scalar, (info.value, 0))
+    for t in recorder.results:
+        if t is not None and t.value.val.differentiable:
+            shape = [*info.value.shape, *[1] * (t.ndim - info.ndim)]
+            t.value = failed.reshape(shape).where(math.nan, t.value)
+
+
+# Functions from an op of a library to its handler, or None; fxfunc/custom.py adds one.
+OF_LIBRARY: list = []
+DISPATCH = {
+    aten._linalg_check_errors.default: _linalg_check,
+    aten._embedding_bag_forward_only.default: lambda recorder, func, *args: recorder._record(
+        aten._embedding_bag.default, *args
+    ),
+    aten.native_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten._local_scalar_dense.default: _value_dependent,
+    aten.lift_fresh.default: _lift_fresh,
+    aten.lift_fresh_copy.default: _lift_fresh,
+    aten.lift.default: _lift_fresh,
+    aten.detach.default: _same,  # autograd's own; a user's detach is caught in FUNCTIONS
+}
+
+
+def _detach(x):
+    recorder = current()
+    return recorder.emit(stop_gradient, (recorder.lift(x),))
+
+
+def _detach_in_place(x):
+    x.value, x.tracks = _own(x, "detach_()").recorder.emit(stop_gradient, (x.value,)).value, False
+    return x
+
+
+def _requires_grad_(x, requires_grad=True):
+    _own(x, "requires_grad_()").tracks = requires_grad
+    return x
+
+
+def _own(x, what: str) -> Tracer:
+    """A tensor of the innermost capture; changing the state of another one would outlive it."""
+    if not (isinstance(x, Tracer) and x.recorder is current()):
+        raise errors.UnsupportedInside(
+            what=f"{what} of a tensor made outside of it", instead="Call it on a tensor made inside."
+        )
+    return x
+
+
+def _contiguous(x, memory_format=torch.contiguous_format):
+    y = x.contiguous(memory_format=memory_format)
+    if isinstance(y, Tracer) and memory_format is torch.contiguous_format:
+        y = aten.alias.default(y)
+        y.dense = True
+    return y
+
+
+def _as_strided(x, *args, **kwargs):
+    if isinstance(x, Tracer) and not x.dense:
+        raise errors.NotSupported(
+            what="as_strided of a tensor whose strides are not known",
+            instead="Call .contiguous() first, or use unfold, diagonal or indexing.",
+        )
+    return torch.as_strided(x, *args, **kwargs)
+
+
+def _one_hot(x, num_classes=-1):
+    if num_classes < 0:
+        raise errors.ValueDependent(op="torch.nn.functional.one_hot without num_classes")
+    return torch.eq(x.unsqueeze(-1), torch.arange(num_classes, device=x.device)).to(torch.int64)
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Written with matmul and softmax, which have every derivative; the fused kernels have the first only."""
+    how = {"scale": scale, "enable_gqa": enable_gqa}
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, **how
+    )[0]
+
+
+def _getitem(x, index):
+    """x[index]; a 0-d integer tensor, whose value torch would ask for, picks by a list of one."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    places = [k for k, i in enumerate(items) if _is_element(i)]
+    for k in places:
+        axis = sum(map(_axes, items[:k]))
+        if any(i is Ellipsis for i in items[:k]):
+            axis = x.ndim - sum(map(_axes, items[k:]))
+        x, items[k] = x[(slice(None),) * axis + (items[k].unsqueeze(0),)], 0
+    return x[tuple(items)] if places else x[index]
+
+
+def _setitem(x, index, value):
+    """x[index] = value; 0-d integer tensors as in _getitem, if the index is nothing else."""
+    items = index if isinstance(index, tuple) else (index,)
+    if items and all(map(_is_element, items)):
+        x.index_put_(items, torch.as_tensor(value, dtype=x.dtype, device=x.device))
+    else:
+        x[index] = value
+
+
+def _is_element(index) -> bool:
+    return isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype in _INTEGERS
+
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _axes(index) -> int:
+    """How many axes one item of an index takes."""
+    if index is None or index is Ellipsis or isinstance(index, bool):
+        return 0
+    return index.ndim if isinstance(index, torch.Tensor) and is_mask(index) else 1
+
+
+def _from_data(make, copies: bool):
+    """torch.tensor and its kin: a list of tensors would be read by value; a copy is a constant to every derivative."""
+
+    def call(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        if any(map(_lists_tensors, given)):
+            raise errors.ValueDependent(op=f"{make.__name__} of a list of tensors; torch.stack takes one")
+        out = make(*args, **kwargs)
+        return _detach(out) if copies and any(isinstance(x, Tracer) for x in given) else out
+
+    return call
+
+
+def _lists_tensors(x) -> bool:
+    return isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) or _lists_tensors(y) for y in x)
+
+
+def _format(x, spec):
+    if spec:
+        raise errors.ValueDependent(op="format(tensor)")
+    return repr(x)
+
+
+def _data_ptr(x):
+    if isinstance(x, Tracer):
+        raise errors.UnsupportedInside(what="Tensor.data_ptr()", instead="Compare tensors with `is`.")
+    return x.data_ptr()
+
+
+def _refuse_function(what: str, instead: str):
+    def refuse(*args, **kwargs):
+        raise errors.UnsupportedInside(what=what, instead=instead)
+
+    return refuse
+
+
+def _refuse_value(what: str):
+    def refuse(*args, **kwargs):
+        raise errors.ValueDependent(op=what)
+
+    return refuse
+
+
+_autograd = _refuse_function("torch.autograd", "Use fxfunc.grad or fxfunc.vjp, which nest.")
+FUNCTIONS = {
+    torch.Tensor.detach: _detach,
+    torch.detach: _detach,
+    torch.Tensor.data.__get__: _detach,
+    torch.Tensor.detach_: _detach_in_place,
+    torch.detach_: _detach_in_place,
+    torch.Tensor.requires_grad.__get__: tracked,
+    torch.Tensor.requires_grad.__set__: _requires_grad_,
+    torch.Tensor.requires_grad_: _requires_grad_,
+    torch.autograd.grad: _autograd,
+    torch.autograd.backward: _autograd,
+    torch.Tensor.backward: _autograd,
+    torch.Tensor.data.__set__: _refuse_function("assigning to .data", "Use copy_ or return the new value."),
+    torch.Tensor.numpy: _refuse_value("Tensor.numpy()"),
+    torch.Tensor.tolist: _refuse_value("Tensor.tolist()"),
+    torch.Tensor.__array__: _refuse_value("numpy.asarray(tensor)"),
+    torch.Tensor.__format__: _format,
+    torch.Tensor.data_ptr: _data_ptr,
+    torch.Tensor.__getitem__: _getitem,
+    torch.Tensor.__setitem__: _setitem,
+    torch.tensor: _from_data(torch.tensor, copies=True),
+    torch.Tensor.new_tensor: _from_data(torch.Tensor.new_tensor, copies=True),
+    torch.as_tensor: _from_data(torch.as_tensor, copies=False),
+    torch.asarray: _from_data(torch.asarray, copies=False),
+    torch.Tensor.contiguous: _contiguous,
+    torch.Tensor.as_strided: _as_strided,
+    torch.as_strided: _as_strided,
+    torch.nn.functional.one_hot: _one_hot,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}
