@@ -21,7 +21,7 @@ from torch import Tensor
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Size, at, numel
 
-from .loops import Kernel
+from .loops import Kernel, verify_sizes
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED = 48 * 1024
@@ -159,6 +159,11 @@ def _check_once(binary: Binary, device: torch.device) -> None:
     check_device(binary, torch.cuda.get_device_capability(device))
 
 
+@functools.lru_cache(maxsize=4096)
+def _check_sizes(binary: Binary, sizes: tuple[tuple[str, int], ...]) -> None:
+    verify_sizes(binary.kernel, dict(sizes))
+
+
 def check_device(binary: Binary, capability: tuple[int, int]) -> None:
     """`BackendError` unless a device of this compute capability runs the code."""
     built = divmod(int(re.sub(r"\D", "", binary.target)), 10)
@@ -173,6 +178,7 @@ def start(cuda: Driver, binary: Binary, operands: Sequence[Tensor], sizes: dict[
           stream: int) -> tuple[Tensor, ...]:  # fmt: skip
     """Allocate the outputs and launch, on a given driver and stream."""
     k = binary.kernel
+    _check_sizes(binary, tuple(sizes.items()))
     inputs = [_dense(x) for x in operands]
     outputs = [inputs[0].new_empty([at(s, sizes) for s in a.shape], dtype=a.dtype) for a in k.outputs]
     count = at(binary.programs, sizes)
@@ -198,8 +204,8 @@ def pack(types: Sequence[str], values: Sequence[int | float]) -> list:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Row-major and aligned as the kernels expect; a copy only where it is not."""
-    x = x.contiguous()
+    """Row-major and aligned as the kernels expect, without a negative bit; a copy only where it is not."""
+    x = x.resolve_neg().contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 

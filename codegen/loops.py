@@ -399,24 +399,35 @@ def _verify_access(k: Kernel, i: int, instr: Load | Store | Iota) -> None:
         _fail(k, i, f"{_list(k.types[instr.x][0])} does not broadcast to {_list(shape)}")
     if isinstance(instr, Store) and numel(k.grid) * numel(shape) != numel(arg.shape):
         _fail(k, i, f"does not cover {_list(arg.shape)}")
-    if getattr(instr, "mask", None) is None:
-        _verify_bounds(k, i, instr.index, shape, numel(arg.shape))
+    if getattr(instr, "mask", None) is None and _leaves(instr.index, (*k.grid, *shape), numel(arg.shape)):
+        _fail(k, i, f"reaches outside of {numel(arg.shape)} elements")
 
 
-def _verify_bounds(k: Kernel, i: int, index: Index, shape: tuple[Size, ...], limit: Size) -> None:
-    axes = list(zip((*index.grid, *index.tile), (*k.grid, *shape), strict=True))
-    if (
-        any(isinstance(x, Dim) for pair in axes for x in pair)
-        or isinstance(limit, Dim)
-        or any(n == 0 for _, n in axes)
-    ):
-        return
-    reach = [s * (n - 1) for s, n in axes]
-    if (
-        index.offset + sum(min(r, 0) for r in reach) < 0
-        or index.offset + sum(max(r, 0) for r in reach) >= limit
-    ):
-        _fail(k, i, f"reaches outside of {limit} elements")
+def _leaves(index: Index, sizes: tuple[Size, ...], limit: Size) -> bool:
+    """True if an access over axes of these sizes surely reaches outside of `limit` elements."""
+    strides = (*index.grid, *index.tile)
+    if any(isinstance(x, Dim) for x in (index.offset, limit, *strides, *sizes)) or 0 in sizes:
+        return False
+    reach = [s * (n - 1) for s, n in zip(strides, sizes, strict=True)]
+    least, most = (index.offset + sum(f(r, 0) for r in reach) for f in (min, max))
+    return least < 0 or most >= limit
+
+
+def verify_sizes(k: Kernel, sizes: dict[str, int]) -> None:
+    """`DynamicShape` for sizes that the graph does not hold for: a slice longer than its axis, the largest of nothing."""
+
+    def static(shape: tuple[Size, ...]) -> tuple[int, ...]:
+        return tuple(at(s, sizes) for s in shape)
+
+    grid, shapes = static(k.grid), [static(a.shape) for a in k.args]
+    wrong = any(s < 0 for shape in shapes for s in shape)
+    for instr in k.body:
+        if isinstance(instr, Load) and instr.mask is None:
+            wrong |= _leaves(instr.index.at(sizes), grid + static(instr.shape), numel(shapes[instr.arg]))
+        if isinstance(instr, Reduce) and instr.op in ("amax", "amin"):
+            wrong |= 0 in static(instr.shape)
+    if wrong:
+        raise errors.DynamicShape(what=f"a slice or an extremum ({k.name}) that does not exist for {sizes}")
 
 
 def _verify_apply(k: Kernel, i: int, instr: Apply) -> None:

@@ -107,7 +107,7 @@ def _filled(low: _Lowering, node: Node, m: Map, fill: float) -> Expr:
 def _arange(low: _Lowering, node: Node, m: Map, start: float, step: float = 1) -> Expr:
     dtype = node.meta["val"].dtype
     if isinstance(start, float) or isinstance(step, float):
-        return low.iota(m[0]).cast(opmath(dtype)) * step + start
+        return (low.iota(m[0]).cast(opmath(dtype)) * step + start).cast(dtype)
     return low.iota((m[0] * step).shifted(start)).cast(dtype)
 
 

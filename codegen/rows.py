@@ -39,6 +39,18 @@ def _unary(name: str) -> Row:
     return Row(lambda x: x.op(name))
 
 
+def _rounded(name: str) -> Row:
+    return Row(lambda x: x.op(name) if x.dtype.is_floating_point else x)
+
+
+def _isinf(x: Expr) -> Expr:
+    return x.op("abs").op("eq", math.inf) if x.dtype.is_floating_point else x.op("ne", x)
+
+
+def _isfinite(x: Expr) -> Expr:
+    return x.op("abs") < math.inf if x.dtype.is_floating_point else x.op("eq", x)
+
+
 def _maybe_scaled(b: Expr, alpha: float) -> Expr:
     return b if alpha == 1 else b * alpha
 
@@ -152,6 +164,7 @@ _fill = Row(lambda x, m, value: m.where(value, x), mask=1)
 
 POINTWISE: dict[object, Row] = {
     **{getattr(aten, name).default: _unary(name) for name in _SAME_NAME},
+    **{getattr(aten, name).default: _rounded(name) for name in ("floor", "ceil", "trunc", "round")},
     aten.add.Tensor: _add, aten.add.Scalar: _add, aten.sub.Tensor: _sub, aten.sub.Scalar: _sub,
     aten.rsub.Tensor: _rsub, aten.rsub.Scalar: _rsub,
     aten.mul.Tensor: _mul, aten.mul.Scalar: _mul,
@@ -198,8 +211,8 @@ POINTWISE: dict[object, Row] = {
     **{getattr(getattr(aten, name), kind): Row(lambda a, b, name=name: a.op(name, b), compute="operands")
        for name in ("eq", "ne", "lt", "le", "gt", "ge") for kind in ("Tensor", "Scalar")},
     aten.isnan.default: Row(lambda x: x.op("ne", x), compute="operands"),
-    aten.isinf.default: Row(lambda x: x.op("abs").op("eq", math.inf), compute="operands"),
-    aten.isfinite.default: Row(lambda x: x.op("abs") < math.inf, compute="operands"),
+    aten.isinf.default: Row(_isinf, compute="operands"),
+    aten.isfinite.default: Row(_isfinite, compute="operands"),
     aten.logical_and.default: Row(lambda a, b: a & b, compute="bool"),
     aten.logical_or.default: Row(lambda a, b: a | b, compute="bool"),
     aten.logical_xor.default: Row(lambda a, b: a ^ b, compute="bool"),

@@ -12,6 +12,7 @@ import builtins
 import dataclasses
 import functools
 import linecache
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -102,13 +103,17 @@ MANY_PROGRAMS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Rows of the grid and columns of the tile that a program holds, and whether it loops over the tile."""
+    """Rows of the grid and columns of the tile that a program holds, and whether it loops over the tile.
+
+    Row numbers are int64 if `wide`, column numbers if `wide_cols`.
+    """
 
     rows: int
     cols: int
     looped: bool
     warps: int
     wide: bool
+    wide_cols: bool = False
 
     @property
     def maxnreg(self) -> int:
@@ -119,9 +124,12 @@ class Schedule:
 def schedule(k: Kernel) -> Schedule:
     """The blocks of a kernel: a function of its shapes, symbolic ones taken for `STAND_IN`."""
     rows, tile = _estimate(numel(k.grid)), tile_of(k)
+    accesses = [x for x in k.body if isinstance(x, (Load, Iota, Store))]
+    down = max((_span(x.index.grid, k.grid) for x in accesses), default=0)
+    across = max((_span(x.index.tile, x.shape) for x in accesses), default=0)
     wide = any(
         isinstance(n, Dim) or n >= 2**31
-        for n in (numel(k.grid) * numel(tile), *(numel(a.shape) for a in k.args))
+        for n in (numel(k.grid) * numel(tile), *(numel(a.shape) for a in k.args), down + across)
     )
     if not tile:
         return Schedule(1024 if rows >= 2**18 else 256 if rows > 128 else 128, 0, False, 4, wide)
@@ -134,7 +142,13 @@ def schedule(k: Kernel) -> Schedule:
         block = _enough_programs(rows, min(_power(rows), 64), 16)
         cols = min(width, 1024 // block)
     looped = not fixed or cols < n
-    return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide)
+    return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide, across >= 2**31)
+
+
+def _span(strides: tuple[Size, ...], sizes: tuple[Size, ...]) -> int:
+    """How far an access moves along these axes; symbolic terms are left out, being int64 as they are."""
+    terms = zip(strides, sizes, strict=True)
+    return sum(abs(s) * (n - 1) for s, n in terms if not isinstance(s, Dim) and not isinstance(n, Dim))
 
 
 def _enough_programs(rows: int, block: int, least: int) -> int:
@@ -221,7 +235,7 @@ class _Emitter:
         self._axes("g", "row", self.k.grid)
 
     def _columns(self, text: str) -> None:
-        self._emit(f"col = {text}")
+        self._emit(f"col = ({text}).to(tl.int64)" if self.schedule.wide_cols else f"col = {text}")
         self._emit(f"col_in = col < {_size(numel(self.tile))}")
         self._axes("t", "col", self.tile)
 
@@ -387,6 +401,7 @@ class _Emitter:
         """True if the constant can stand as a number there: Triton then gives it the dtype of the other operand."""
         x = self.k.body[i]
         plain = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
+        plain = plain and not _is_negative_zero(x.value)
         beside = isinstance(use, Apply) and use.op in _INFIX and any(j not in self.consts for j in use.args)
         return plain and beside and abs(x.value) < 2**31
 
@@ -408,11 +423,17 @@ def _literal(x: float) -> str:
 
 
 def _full(shape: list[int], value: float, dtype: torch.dtype) -> str:
+    if _is_negative_zero(value):  # Triton takes -0.0 for 0
+        return f"({_full(shape, 0.0, dtype)} * -1.0)"
     return f"tl.full({shape}, {_literal(value)}, tl.{TYPES[dtype]})"
 
 
+def _is_negative_zero(x: float) -> bool:
+    return x == 0 and math.copysign(1, x) < 0
+
+
 def _cast(old: torch.dtype, new: torch.dtype) -> str:
-    """A cast with ATen's meaning: to bool by `!= 0`, float to small integers and double to half through a wider type."""
+    """A cast with ATen's meaning: to bool by `!= 0`, float to small integers and all to half through a wider type."""
     if new is torch.bool:
         return "{0} != 0"
     steps = []
@@ -420,7 +441,7 @@ def _cast(old: torch.dtype, new: torch.dtype) -> str:
         steps = ["int64"]
     elif old.is_floating_point and new in (torch.int8, torch.int16):
         steps = ["int32"]
-    elif old is torch.float64 and new in (torch.float16, torch.bfloat16):
+    elif new in (torch.float16, torch.bfloat16) and old not in (torch.float32, new):
         steps = ["float32"]
     return "{0}" + "".join(f".to(tl.{t})" for t in [*steps, TYPES[new]])
 

@@ -124,8 +124,8 @@ _CALLS = [
     *(_call(getattr(aten, name).Tensor, N, M) for name in _BINARY),
     *(_call(getattr(aten, name).Scalar, X, 2) for name in _BINARY),
     *(_call(getattr(aten, name).Scalar, N, 2) for name in _BINARY),
-    *(_call(getattr(aten, name).default,
-    N) for name in "neg abs sign relu sqrt sigmoid square isnan".split()),
+    *(_call(getattr(aten, name).default, N)
+      for name in "neg abs sign relu sqrt sigmoid square isnan isinf isfinite floor ceil trunc round".split()),
     *(_call(aten.div.Tensor_mode, x, y, rounding_mode=m) for x, y in ((X, Y), (N, M)) for m in ("floor",
     "trunc", None)),
     _call(aten.div.Scalar_mode, X, 0.3, rounding_mode="floor"),
@@ -163,7 +163,7 @@ _CALLS = [
     _call(aten.where.self, B, X, Y), _call(aten.where.self, B, N, X), _call(aten.where.ScalarSelf, B, 1.5, X),
     _call(aten.where.ScalarOther, B, X, 0), _call(aten.where.Scalar, B, 1.0, 2.0),
     _call(aten.masked_fill.Scalar, X, B, -1.0), _call(aten.masked_fill.Tensor, X, B, In(F32, ())),
-    *(_call(aten._to_copy.default, x, dtype=d) for x in (X, N, B) for d in (F64, F16, I32, I8, BOOL)),
+    *(_call(aten._to_copy.default, x, dtype=d) for x in (X, N, B) for d in (F64, F16, BF16, I32, I8, BOOL)),
     _call(aten._to_copy.default, POS, dtype=U8), _call(aten._to_copy.default, In(F64, (4,)), dtype=F32),
     _call(prims.convert_element_type.default, X, F64),
     _call(aten.eq.Tensor, B, B), _call(aten.lt.Tensor, B, B), _call(aten.gt.Scalar, N, 0.5),
@@ -264,6 +264,15 @@ def _steps(x: Value, g: Value) -> Value:
     return (x - 0.1 * g.call(aten.mean.dim, [0])).call(aten.relu.default)
 
 
+def _negative_zero(x: Value) -> Value:
+    return (x > 0).where(x.full([], -0.0), x * 0 * -0.0).call(aten.reciprocal.default)
+
+
+def _half_steps(x: Value) -> Value:
+    steps = x.builder.emit(aten.arange.start_step, (0.0, 1.0, 0.1), {"dtype": BF16})
+    return (steps * 3).to(F32) + x
+
+
 TS = ({"T": 0}, {"T": 1}, {"T": 5}, {"T": 33})
 PATTERNS: list[Case] = [
     Case("softmax", _softmax, (In(F32, (T, 7)),), TS),
@@ -274,6 +283,8 @@ PATTERNS: list[Case] = [
     Case("views", _views, (In(F32, (2, 4, 3)), In(F32, (6,)))),
     Case("slices", _slices, (In(F32, (T, 7)),), TS),
     Case("constants", _constants, (In(F32, (T, 3)),), TS),
+    Case("negative_zero", _negative_zero, (In(F32, (T, 7)),), TS),
+    Case("half_steps", _half_steps, (In(F32, (10,)),)),
     Case("several", _several, (In(F32, (T, 4)), In(F32, (4,))), TS),
     Case("column_sums", _steps, (In(F32, (6, 5)), In(F32, (T, 6, 5))), TS[1:]),
     Case("scalars", lambda x, y: (x * y + 1).sqrt() / 3, (In(F32, (), True), In(F32, (), True))),

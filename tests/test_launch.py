@@ -9,14 +9,15 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import F16, F32, PATTERNS, T, assert_equal, graph_of, inputs_of, run
+from kernel_cases import F16, F32, PATTERNS, Case, In, T, assert_equal, graph_of, inputs_of, run
 
 from fxfunc.codegen import launch
-from fxfunc.codegen.fuse import fuse
+from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import Arg, Kernel
 from fxfunc.passes import errors
 from fxfunc.passes.errors import BackendError
 
+aten = torch.ops.aten
 U64, I64 = ctypes.c_uint64, ctypes.c_int64
 PARAMETERS = (U64, U64, U64, I64, U64, U64)  # of `binary`: three pointers, T, two pointers to scratch
 
@@ -125,6 +126,29 @@ def test_operands_that_are_not_dense_or_not_aligned_are_copied():
     launch.start(launch.Driver(lib), binary(), [strided, shifted], {"T": 10}, 0, 0)
     params = lib.launches[0][1]
     assert params[0] != strided.data_ptr() and params[1] != shifted.data_ptr() and params[1] % 16 == 0
+
+
+def test_an_operand_with_a_negative_bit_is_resolved():
+    x = torch.tensor([1 + 2j]).conj().imag
+    assert x.is_neg() and x.is_contiguous()
+    assert not launch._dense(x).is_neg()
+
+
+@pytest.mark.parametrize(("f", "least"), [
+    (lambda x: (x.call(aten.slice.Tensor, 0, 0, 2) * 2).sin(), 2),
+    (lambda x: (x.call(aten.slice.Tensor, 0, -3, None) * 2).sin(), 3),
+    (lambda x: (x.call(aten.slice.Tensor, 0, 1, None) * 2).sin(), 1),
+    (lambda x: (x * 2).call(aten.amax.default, [0]), 1),
+    (lambda x: (x * 2).sum([0]), 0),
+])  # fmt: skip
+def test_sizes_below_what_the_kernel_reads_are_refused(f, least):
+    (k,) = kernels_of(fuse(graph_of(Case("sizes", f, (In(F32, (T, 3)),)))))
+    b, lib = binary(kernel=k, types=("*fp32", "*fp32", "i64")), RecordingDriver()
+    lib.record = lambda *args: None
+    for n in range(least):
+        with pytest.raises(errors.DynamicShape, match=f"'T': {n}"):
+            launch.start(launch.Driver(lib), b, [torch.zeros(n, 3)], {"T": n}, 0, 0)
+    launch.start(launch.Driver(lib), b, [torch.zeros(least, 3)], {"T": least}, 0, 0)
 
 
 def test_a_thread_without_a_context_gets_the_primary_one():

@@ -87,6 +87,20 @@ def test_offsets_are_int64_when_sizes_are_symbolic_or_large():
     assert (wide(T, 4), wide(2**16, 2**15), wide(2**15, 2**15)) == (True, True, False)
 
 
+@pytest.mark.parametrize(("rows", "columns", "wide"), [(2**16, 2**16, True), (2**15, 2**15, False)])
+def test_offsets_down_a_long_column_are_int64(rows, columns, wide):
+    k = only_kernel(Case("w", lambda x: (x * 2).sum([0]), (In(F32, (rows, columns)),)))
+    (col,) = re.findall(r"col = (.*)", triton.source(k))
+    assert col.endswith(".to(tl.int64)") == wide
+
+
+def test_numbers_of_a_range_with_a_large_step_are_int64():
+    def f(x):
+        return x.builder.emit(aten.arange.start_step, (0, 2**33, 2**21), {"dtype": torch.int64}) + x * 2
+
+    assert triton.schedule(only_kernel(Case("steps", f, (In(torch.int64, (4096,)),)))).wide
+
+
 def test_blocks_follow_from_shapes_alone(monkeypatch):
     k = only_kernel(pattern("layer_norm"))
     before = triton.schedule(k)
