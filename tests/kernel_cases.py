@@ -269,8 +269,8 @@ def _negative_zero(x: Value) -> Value:
 
 
 def _half_steps(x: Value) -> Value:
-    steps = x.builder.emit(aten.arange.start_step, (0.0, 1.0, 0.1), {"dtype": BF16})
-    return (steps * 3).to(F32) + x
+    steps = x.builder.emit(aten.arange.start_step, (0.0, 1.0, 0.1), {"dtype": F16})
+    return steps * 3 + x
 
 
 TS = ({"T": 0}, {"T": 1}, {"T": 5}, {"T": 33})
