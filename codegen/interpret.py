@@ -23,6 +23,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     **{name: f for name, f in ELEMENTWISE.items() if name in TEMPLATES},
     "rint": torch.round,
     "copysign": torch.copysign,
+    "div_rn": torch.true_divide,
 }
 
 

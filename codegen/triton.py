@@ -89,10 +89,10 @@ HELPERS = {
     "floordiv_int": "(a, b):\n    q = a // b\n    r = a % b\n"
                     "    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)",
     "rem_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)",
-    "floordiv_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    q = (a - r) / b\n"
-                      "    q = tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)\n    f = libdevice.floor(q)\n"
-                      "    f = tl.where(q - f > 0.5, f + 1, f)\n    f = tl.where(q == 0, libdevice.copysign(q * 0, a / b), f)\n"
-                      "    return tl.where(b == 0, a / b, f)",
+    "floordiv_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    e = libdevice.div_rn(a, b)\n"
+                      "    q = libdevice.div_rn(a - r, b)\n    q = tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)\n"
+                      "    f = libdevice.floor(q)\n    f = tl.where(q - f > 0.5, f + 1, f)\n    f = tl.where(q == 0, libdevice.copysign(q * 0, e), f)\n"
+                      "    return tl.where(b == 0, e, f)",
 }  # fmt: skip
 
 
@@ -502,7 +502,9 @@ def compile(k: Kernel, target: str = "cuda:90") -> Binary:
     fn = load(k, text)
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
     ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
-    options = {"num_warps": s.warps, "maxnreg": s.maxnreg, "enable_fp_fusion": False}
+    # As nvcc compiles ATen: no fused multiply-adds, and subnormal numbers count.
+    exact = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+    options = {"num_warps": s.warps, "maxnreg": s.maxnreg, **exact}
     done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
     m, cubin = done.metadata, done.asm["cubin"]
     used = resources(cubin, m.name)

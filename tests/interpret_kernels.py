@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+import torch
 from kernel_cases import (
     OPS,
     OPS_BF16,
@@ -22,8 +23,11 @@ from kernel_cases import (
     run,
 )
 
-from fxfunc.codegen.fuse import fuse
+import fxfunc
+from fxfunc.bench import digits
+from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.interpret import interpret
+from fxfunc.passes.pipeline import lowered
 
 
 def check_op(case: Case) -> None:
@@ -43,10 +47,24 @@ def check_pattern(case: Case) -> None:
         assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
 
 
+def check_maml(case: Case) -> None:
+    """The groups of the main job's meta-step, on the images' shapes."""
+    tasks = fxfunc.Dim("tasks")
+    xs = [torch.rand(2, n, digits.PIXELS) for n in (digits.WAYS * digits.SHOTS, digits.WAYS * digits.QUERIES)]
+    ys = [torch.randint(digits.WAYS, x.shape[:2]) for x in xs]
+    examples, params = [xs[0], ys[0], xs[1], ys[1]], digits.init_params(0)
+    specs = [fxfunc.spec(x, {0: tasks}) for x in examples]
+    graph = lowered(fxfunc.jit(digits.make_meta_step(fxfunc)).lower(params, *specs).graph)
+    inputs, fused = [*params.values(), *examples], fuse(graph)
+    assert len(kernels_of(fused)) > 20
+    assert_equal(run(fused, inputs, {"tasks": 2}, interpret), run(graph, inputs, {"tasks": 2}), scale=20)
+
+
 def failures(wanted: list[str]) -> Iterator[str]:
     """Name and traceback of each case that fails."""
     cases = [(check_op, c) for c in OPS + OPS_F64 + OPS_BF16]
     cases += [(check_pattern, c) for c in PATTERNS + [random_case(seed) for seed in range(30)]]
+    cases.append((check_maml, Case("maml", None, ())))
     for check, case in cases:
         if wanted and case.name not in wanted:
             continue

@@ -149,6 +149,18 @@ def test_product_sums_are_exact_float32():
     assert "tf32" not in b.ptx.lower() and "fma.rn" not in b.ptx and "mma" not in b.ptx
 
 
+def test_divisions_are_correctly_rounded():
+    case = Case("d", lambda x, y: x.call(aten.floor_divide.default, y / x), (In(F32, (64,)),) * 2)
+    ptx = triton.compile(only_kernel(case)).ptx
+    assert "div.full" not in ptx and ptx.count("div.rn.f32") == 3
+
+
+def test_subnormal_numbers_are_not_flushed():
+    """The logarithm of one is finite: libdevice scales it up first, which it leaves out where they are flushed."""
+    ptx = triton.compile(only_kernel(Case("s", lambda x: x.log() * 2, (In(F32, (64,)),)))).ptx
+    assert "ftz" not in ptx
+
+
 def test_equal_kernels_are_emitted_and_compiled_once():
     def f(x, y, w):
         a = ((x + 1).sin() * 2).call(aten.mm.default, w)
