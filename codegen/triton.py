@@ -91,7 +91,8 @@ HELPERS = {
     "rem_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)",
     "floordiv_float": "(a, b):\n    r = libdevice.fmod(a, b)\n    e = libdevice.div_rn(a, b)\n"
                       "    q = libdevice.div_rn(a - r, b)\n    q = tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)\n"
-                      "    f = libdevice.floor(q)\n    f = tl.where(q - f > 0.5, f + 1, f)\n    f = tl.where(q == 0, libdevice.copysign(q * 0, e), f)\n"
+                      "    f = libdevice.floor(q)\n    f = tl.where(q - f > 0.5, f + 1, f)\n"
+                      "    f = tl.where(q == 0, libdevice.copysign(q * 0, e), f)\n"
                       "    return tl.where(b == 0, e, f)",
 }  # fmt: skip
 
