@@ -126,7 +126,7 @@ class _Walk:
     def _current(self, n: Node):
         if n in self.views and self.seen[n] != self._version(n):
             view = self.views[n]
-            self.env[n] = view.forward(self.b, self._current(view.base))
+            self.env[n] = view.forward(self.b, self.read(view.base, n not in self.no_grad))
             self.seen[n] = self._version(n)
         return self.env[n]
 
@@ -134,6 +134,8 @@ class _Walk:
         args, kwargs = self._arguments(n, grad)
         targets, new = _functional(self.b, n, args, kwargs)
         for target, value in zip(targets, new, strict=True):
+            if grad:
+                self._leave_no_grad(target)
             old = self._current(target)
             if value.dtype != old.dtype:
                 value = value.to(old.dtype)
@@ -147,6 +149,12 @@ class _Walk:
             if len(targets) == 1 and isinstance(n.meta["val"], Val)
             else self.env.get(n)
         )
+
+    def _leave_no_grad(self, n: Node) -> None:
+        """A tensor made under no_grad is written to under grad: what it held is constant, what is written is not."""
+        base = self._base(n)
+        self.env[base] = self.read(base, True)
+        self.no_grad -= {base, n}
 
     def _store(self, n: Node, value: Value, writer: Node) -> None:
         if n in self.views:

@@ -1,7 +1,7 @@
 """Calls that a capture does not record as they come. Tables: `DISPATCH` by ATen overload, `FUNCTIONS` by torch function.
 
 A handler of DISPATCH gets the recorder and the call and gives what the call returns. One of FUNCTIONS stands in for a torch
-function whose meaning is lost below it: a user's detach, reading a value, indexing with tracers.
+function whose meaning is lost below it: requires_grad, reading a value, indexing with tracers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def _lift_fresh(recorder, func, x):
         return Tracer(recorder, recorder.builder.constant(x))
 
 
-def _same(recorder, func, x):
-    return Tracer(recorder, recorder.lift(x), tracked(x))
+def _detach(recorder, func, x):
+    """Tracers get no detach from autograd, but torch's own formulas of derivatives (no user's code) have some."""
+    value = recorder.lift(x)
+    return recorder.emit(stop_gradient, (value,)) if recorder.user_code else Tracer(recorder, value)
 
 
 def _batch_norm(recorder, func, x, w, b, mean, var, training, momentum, eps):
@@ -88,13 +90,8 @@ DISPATCH = {
     aten.lift_fresh.default: _lift_fresh,
     aten.lift_fresh_copy.default: _lift_fresh,
     aten.lift.default: _lift_fresh,
-    aten.detach.default: _same,  # autograd's own; a user's detach is caught in FUNCTIONS
+    aten.detach.default: _detach,
 }
-
-
-def _detach(x):
-    recorder = current()
-    return recorder.emit(stop_gradient, (recorder.lift(x),))
 
 
 def _detach_in_place(x):
@@ -192,7 +189,7 @@ def _from_data(make, copies: bool):
         if any(map(_lists_tensors, given)):
             raise errors.ValueDependent(op=f"{make.__name__} of a list of tensors; torch.stack takes one")
         out = make(*args, **kwargs)
-        return _detach(out) if copies and any(isinstance(x, Tracer) for x in given) else out
+        return out.detach() if copies and any(isinstance(x, Tracer) for x in given) else out
 
     return call
 
@@ -229,9 +226,7 @@ def _refuse_value(what: str):
 
 _autograd = _refuse_function("torch.autograd", "Use fxfunc.grad or fxfunc.vjp, which nest.")
 FUNCTIONS = {
-    torch.Tensor.detach: _detach,
-    torch.detach: _detach,
-    torch.Tensor.data.__get__: _detach,
+    torch.Tensor.data.__get__: torch.Tensor.detach,
     torch.Tensor.detach_: _detach_in_place,
     torch.detach_: _detach_in_place,
     torch.Tensor.requires_grad.__get__: tracked,

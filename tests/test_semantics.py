@@ -389,6 +389,23 @@ def made_and_written_under_no_grad(x):
     return y * x
 
 
+def filled_after_no_grad(x):
+    with torch.no_grad():
+        y, z = x * 2, torch.zeros_like(x)
+    y[0] = x[1] * x[2]
+    z[:2].add_(x[1:] * x[0])
+    return y * y * x + z * z
+
+
+def view_taken_before_a_write_under_no_grad(x):
+    with torch.no_grad():
+        y = x * x
+    v = y.flip(0)[:], y[:]
+    with torch.no_grad():
+        y.mul_(x)
+    return v[0] * v[1] * x
+
+
 WRITTEN = [
     scaled,
     scaled_in_part,
@@ -396,6 +413,8 @@ WRITTEN = [
     scaled_through_a_view,
     scaled_in_both_modes,
     made_and_written_under_no_grad,
+    filled_after_no_grad,
+    view_taken_before_a_write_under_no_grad,
 ]
 
 
@@ -505,7 +524,16 @@ DETACH = {
     "detach of a view": lambda x: torch.outer(x, x)[0].detach() * x,
     "everything": lambda x: x.detach(),
     "shared with an undetached one": lambda x: x.sin().detach() * x.sin(),
+    "inside a function of torch": lambda x: straight_through(x) * x,
 }
+
+
+def straight_through(x):
+    """A Python function of torch as gumbel_softmax is one, without the draw."""
+    if torch.overrides.has_torch_function_unary(x):
+        return torch.overrides.handle_torch_function(straight_through, (x,), x)
+    soft = x.softmax(-1)
+    return soft.round() - soft.detach() + soft
 
 
 @both_modes
