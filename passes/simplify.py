@@ -93,8 +93,9 @@ def _mul_number(a, b):
         return a
     if b == -1:  # x * -1 -> -x
         return -a
-    if made := made_by(a, aten.neg.default):  # -x * c -> x * -c
-        return made[0] * -b
+    x = _negated(a)
+    if x is not None and (a.val.differentiable or isinstance(b, int)):  # -x * c -> x * -c
+        return x * -b
     made = made_by(a, aten.mul.Tensor)  # (x * c) * d -> x * (c * d)
     if made and isinstance(b, float) and isinstance(made[1], float) and _normal(made[1] * b):
         return made[0] * (made[1] * b)
@@ -142,6 +143,12 @@ def _to_copy(a, *, dtype=None, device=None, **kwargs):
 # ----- signs ----------------------------------------------------------------------------------------------------------
 
 
+def _negated(x, *others):
+    """y if `x` is -y and the result of a call with the others has its dtype: in a wider one -y of uint8 is 256 - y."""
+    made = made_by(x, aten.neg.default)
+    return made[0] if made and all(isinstance(o, Value) and o.dtype == x.dtype for o in others) else None
+
+
 @rewrites(aten.neg.default)
 def _neg(a):
     if made := made_by(a, aten.neg.default):  # --x -> x
@@ -160,11 +167,11 @@ def _signs_out(op):
     def row(a, b):
         if not (isinstance(a, Value) and isinstance(b, Value)):
             return None
-        left, right = made_by(a, aten.neg.default), made_by(b, aten.neg.default)
-        if not left and not right:
+        left, right = _negated(a, b), _negated(b, a)
+        if left is None and right is None:
             return None
-        out = a.builder.emit(op, (left[0] if left else a, right[0] if right else b))
-        return out if left and right else -out
+        out = a.builder.emit(op, (a if left is None else left, b if right is None else right))
+        return -out if left is None or right is None else out
 
     return row
 
@@ -175,28 +182,17 @@ for _op in (aten.mul.Tensor, aten.mm.default, aten.bmm.default):
 
 @rewrites(aten.add.Tensor)
 def _add_negative(a, b, alpha=1):
-    if alpha == 1 and isinstance(b, Value) and (made := made_by(b, aten.neg.default)):  # a + -b -> a - b
-        return a - made[0]
-    if (
-        alpha == 1
-        and isinstance(b, Value)
-        and isinstance(a, Value)
-        and (made := made_by(a, aten.neg.default))
-    ):  # -a + b -> b - a
-        return b - made[0]
-    return None
+    if alpha != 1:
+        return None
+    if (x := _negated(b, a)) is not None:  # a + -x -> a - x
+        return a - x
+    return b - x if (x := _negated(a, b)) is not None else None  # -x + b -> b - x
 
 
 @rewrites(aten.sub.Tensor)
 def _sub_negative(a, b, alpha=1):
-    if (
-        alpha == 1
-        and isinstance(b, Value)
-        and isinstance(a, Value)
-        and (made := made_by(b, aten.neg.default))
-    ):  # a - -b -> a + b
-        return a + made[0]
-    return None
+    x = _negated(b, a)
+    return a + x if alpha == 1 and x is not None else None  # a - -x -> a + x
 
 
 # ----- views ----------------------------------------------------------------------------------------------------------

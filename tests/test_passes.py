@@ -85,6 +85,17 @@ def test_no_rewrite_changes_special_values(f):
     same(f, A)
 
 
+@pytest.mark.parametrize(
+    "other", [torch.tensor([4, 5]), torch.tensor([0.5, -3.0]), torch.tensor([True, False])]
+)
+def test_a_sign_moves_only_within_one_dtype(other):
+    """-x of uint8 is 256 - x in a wider dtype, and bool tensors cannot be subtracted."""
+    x = torch.tensor([1, 2], dtype=torch.uint8)
+    f = lambda x, y: (-x * y, y * -x, y + -x, -x + y, -x * 2.5, -x * 3, y + -x.to(torch.float32))
+    for ours, theirs in zip(fxfunc.jit(f)(x, other), f(x, other), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 def test_semantics_23_numbers_of_different_types_are_different_calls():
     """1, 1.0 and True are equal in Python and are not in ATen."""
     f = lambda i: (i * 1, i * 1.0, i * True, i + 2, i + 2.0)
