@@ -267,13 +267,19 @@ def _reshape(a, shape):
     )
 
 
+def _in_range(a, *dims) -> bool:
+    """Whether these are dims of `a`, each named once; if not, the error message is torch's."""
+    return all(-a.ndim <= d < a.ndim for d in dims) and len({d % a.ndim for d in dims}) == len(dims)
+
+
 def _permute(a, dims):
-    order = [d % a.ndim for d in dims] if a.ndim else []
-    return (
-        Val(tuple(a.shape[d] for d in order), a.dtype, a.device)
-        if sorted(order) == list(range(a.ndim))
-        else None
-    )
+    if len(dims) != a.ndim or not _in_range(a, *dims):
+        return None
+    return Val(tuple(a.shape[d] for d in dims), a.dtype, a.device)
+
+
+def _softmax(a, dim, half):
+    return a if not half and a.dtype.is_floating_point and (_in_range(a, dim) or not a.ndim) else None
 
 
 def _elementwise(*args, **kwargs):
@@ -305,7 +311,12 @@ def _where(condition, a, b):
 
 
 def _gather(a, dim, index, **kwargs):
-    if a.ndim != index.ndim or not a.ndim or index.dtype != torch.int64 or a.device != index.device:
+    if (
+        a.ndim != index.ndim
+        or not _in_range(a, dim)
+        or index.dtype != torch.int64
+        or a.device != index.device
+    ):
         return None
     fits = all(s == t for d, (s, t) in enumerate(zip(a.shape, index.shape, strict=True)) if d != dim % a.ndim)
     return Val(index.shape, a.dtype, a.device) if fits else None
@@ -329,7 +340,7 @@ def broadcast(shapes) -> tuple | None:
 
 
 def _sum(a, dims, keepdim=False, *, dtype=None):
-    if not dims or dtype is not None or not a.dtype.is_floating_point or not a.ndim:
+    if not dims or dtype is not None or not a.dtype.is_floating_point or not _in_range(a, *dims):
         return None
     dims = {d % a.ndim for d in dims}
     return Val(
@@ -416,6 +427,6 @@ KNOWN = {
     ),
     aten.nll_loss_forward.default: _nll_loss,
     aten.threshold_backward.default: lambda ct, a, at: ct if ct == a else None,
-    aten._log_softmax.default: lambda a, dim, half: None if half or not a.dtype.is_floating_point else a,
-    aten._softmax.default: lambda a, dim, half: None if half or not a.dtype.is_floating_point else a,
+    aten._log_softmax.default: _softmax,
+    aten._softmax.default: _softmax,
 }

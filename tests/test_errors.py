@@ -500,3 +500,24 @@ def test_every_error_class_is_public_and_of_a_type_of_python():
     for c in classes:
         assert getattr(errors, c.__name__) is c and c.fix
         assert any(b.__module__ == "builtins" for b in c.__bases__)
+
+
+OUT_OF_RANGE = {
+    "sum": lambda x: x.sum(2),
+    "mean": lambda x: x.mean(-3),
+    "softmax": lambda x: x.softmax(2),
+    "log_softmax": lambda x: x.log_softmax(-3),
+    "permute": lambda x: x.permute(2, 3),
+    "gather": lambda x: x.gather(2, torch.zeros(2, 3, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("f", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_a_dim_out_of_range_is_no_other_dim(f):
+    for wrapped, x in (
+        (fxfunc.jit(f), torch.ones(2, 3)),
+        (fxfunc.grad(lambda x: f(x).sum()), torch.ones(2, 3)),
+        (fxfunc.vmap(f), torch.ones(4, 2, 3)),
+    ):
+        with pytest.raises(IndexError, match="out of range"):
+            wrapped(x)

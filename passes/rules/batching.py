@@ -84,6 +84,10 @@ def _behind(dim, rank: int):
         return list(range(1, rank + 1))
     if isinstance(dim, (list, tuple)):
         return [_behind(d, rank) for d in dim] or list(range(1, rank + 1))
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})"
+        )
     return dim % rank + 1
 
 

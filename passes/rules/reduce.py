@@ -118,7 +118,8 @@ zero(aten.all.dims, batch=along("dim"))
 def _arg(ctx, op, args, kwargs):
     x, dim = args[0].x, args[1] if len(args) > 1 else None
     if dim is None:
-        return ctx.b.emit(op, (x.reshape([x.shape[0], -1] if args[0].ndim else [x.shape[0], 1]), 1))
+        flat = x.reshape([x.shape[0], -1] if args[0].ndim else [x.shape[0], 1])
+        return ctx.b.emit(op, (flat, 1)).reshape([ctx.length, *ctx.out.shape])
     return along("dim")(ctx, op, args, kwargs)
 
 

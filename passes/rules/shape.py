@@ -9,7 +9,11 @@ from .table import Undefined, composite, linear, rule
 linear(aten.reshape.default, lambda ct, a, shape: ct.reshape(list(a.shape)), batch=reshape)
 linear(aten.permute.default, lambda ct, a, dims: ct.permute(_inverse(a, dims)), batch=permute)
 linear(aten.expand.default, lambda ct, a, shape, **kwargs: ct, batch=expand)
-linear(aten.flip.default, lambda ct, a, dims: ct.flip(dims), batch=along("dims"))
+linear(
+    aten.flip.default,
+    lambda ct, a, dims: ct.flip(dims),
+    batch=lambda ctx, op, args, kwargs: along("dims")(ctx, op, args, kwargs) if args[1] else args[0].x,
+)
 linear(
     aten.roll.default,
     lambda ct, a, shifts, dims=(): ct.roll([-s for s in _list(shifts)], list(dims)),
