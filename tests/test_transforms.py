@@ -401,9 +401,12 @@ def test_0d_integer_tensors_as_indexes(index, mode):
 @pytest.mark.parametrize(
     "copy", [torch.tensor, torch.ones(1, dtype=F64).new_tensor, lambda x: x.new_tensor(x)]
 )
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 def test_a_tensor_made_of_a_tensor_is_a_constant(copy, mode):
-    agree(mode, lambda T, x: T.grad(lambda x: (copy(x) * x).sum())(x), X)
-    agree(mode, lambda T, x: T.grad(lambda x: (torch.as_tensor(x) * x + torch.asarray(x) * x).sum())(x), X)
+    """torch 2.11 refuses these inside torch.func, so the reference is written with what they mean."""
+    same(MODES[mode](fxfunc.grad(lambda x: (copy(x) * x).sum()))(X), X)
+    kept = lambda x: (torch.as_tensor(x) * x + torch.asarray(x) * x).sum()
+    same(MODES[mode](fxfunc.grad(kept))(X), 4 * X)
 
 
 # ----- what may be transformed ----------------------------------------------------------------------------------------
