@@ -135,8 +135,8 @@ def test_an_operand_with_a_negative_bit_is_resolved():
 
 
 @pytest.mark.parametrize(("f", "least"), [
-    (lambda x: (x.call(aten.slice.Tensor, 0, 0, 2) * 2).sin(), 2),
-    (lambda x: (x.call(aten.slice.Tensor, 0, -3, None) * 2).sin(), 3),
+    (lambda x: (x.call(aten.slice.Tensor, 0, 0, 1) * 2).sin(), 1),
+    (lambda x: (x.call(aten.slice.Tensor, 0, -1, None) * 2).sin(), 1),
     (lambda x: (x.call(aten.slice.Tensor, 0, 1, None) * 2).sin(), 1),
     (lambda x: (x * 2).call(aten.amax.default, [0]), 1),
     (lambda x: (x * 2).sum([0]), 0),

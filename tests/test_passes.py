@@ -180,6 +180,17 @@ def test_a_question_about_a_size_is_answered_for_all_sizes_or_not_at_all():
         fxfunc.jit(lambda v: v.sum() if v.shape[0] > 3 else v.mean()).lower(spec)
 
 
+def test_a_slice_of_a_symbolic_axis_has_the_size_it_has_in_torch_or_is_refused():
+    spec = fxfunc.spec(torch.randn(5, 3), {0: fxfunc.Dim("n")})
+    for f in (lambda x: x[1:] - x[:-1], lambda x: x[-1:] / x[:1].shape[0]):
+        compiled = fxfunc.jit(f).lower(spec).compile()
+        for x in (torch.randn(1, 3), torch.randn(2, 3), torch.randn(4, 3)):
+            torch.testing.assert_close(compiled(x), f(x))
+    for f in (lambda x: x[-2:].sum(0) / x[-2:].shape[0], lambda x: x[:3].sum(0), lambda x: x[2:].sum(0)):
+        with pytest.raises(errors.DynamicShape, match=r"slice.*test_passes.py"):
+            fxfunc.jit(f).lower(spec)
+
+
 @pytest.mark.parametrize(
     "f",
     [
