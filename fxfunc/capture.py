@@ -236,6 +236,14 @@ def write_back(graph: Graph, inputs: list[torch.Tensor], results: list, first: i
     return results
 
 
+def own_memory(results: list, inputs: list[torch.Tensor]) -> list:
+    """Results that the user made or asked for as new tensors, copied where the algebra left an input or a view of one."""
+    if current() is not None:
+        return results
+    given = {t.untyped_storage()._cdata for t in inputs}
+    return [r.clone() if r is not None and r.untyped_storage()._cdata in given else r for r in results]
+
+
 def _shares(t: torch.Tensor, others) -> bool:
     """Whether writing to one of the others may change t; a tracer does not tell."""
     return current() is not None or any(torch._C._is_alias_of(t, other) for other in others)

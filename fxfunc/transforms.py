@@ -24,7 +24,7 @@ from fxfunc.passes.rules.region import differentiate, transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.tracer import val_of
 
-from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of, write_back
+from .capture import Captured, capture, check_tensors, execute, is_tensor, own_memory, vals_of, write_back
 from .entry import entry
 
 # ----- arguments ------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def _grad_and_value(transform: str, f, argnums, has_aux, args, kwargs):
     count = sum(call.marked)
     results = write_back(call.graph, call.inputs, results, count)
     value, aux = split(results[count:])
-    return call.unflatten(results[:count]), value, aux
+    return call.unflatten(own_memory(results[:count], call.inputs)), value, aux
 
 
 def grad_and_value(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -259,8 +259,9 @@ def vjp(f: Callable, *primals, has_aux: bool = False):
         tree = cotangents[0] if len(cotangents) == 1 else cotangents
         cts = _matching("vjp_fn", "cotangent", tree, out_leaves, out_spec, vals)
         graph = _transposed(call.graph, call.nonzero, tuple(place[j] for j in given))
-        shares = execute(graph, [*residuals, *(cts[j] for j in given)])
-        return call.unflatten(shares)
+        given_cts = [cts[j] for j in given]
+        shares = execute(graph, [*residuals, *given_cts])
+        return call.unflatten(own_memory(shares, [*call.inputs, *residuals, *given_cts]))
 
     return (value, vjp_fn, aux) if has_aux else (value, vjp_fn)
 

@@ -778,3 +778,21 @@ def test_what_is_not_there_yet_is_named(name):
     with pytest.raises(errors.NotSupported, match=r"is not supported.*(Leave|Use|Call)") as raised:
         LATER[name]()
     assert name.split()[-1] in str(raised.value)
+
+
+def test_a_gradient_shares_no_memory_with_what_the_function_reads():
+    """Scaling a gradient in place must not change a closure, an argument, a residual or a cotangent."""
+    x, c = torch.randn(3), torch.randn(3)
+    before = x.clone(), c.clone()
+    for g in (
+        *fxfunc.grad(lambda x, y: (x * c + y * x).sum(), (0, 1))(x, x),
+        fxfunc.grad(lambda x: (x * c).sum())(x),
+    ):
+        g.mul_(0)
+    ones = torch.ones(3)
+    _, pull = fxfunc.vjp(lambda x: (x + 1, x * c), x)
+    for _ in range(2):
+        (g,) = pull((ones, ones * 0))
+        torch.testing.assert_close(g, torch.ones(3))
+        g.mul_(5)
+    torch.testing.assert_close((x, c), before)
