@@ -370,6 +370,7 @@ VIEWS = {
     aten.expand.default: _unwritable(aten.expand.default),
     aten.as_strided.default: _unwritable(aten.as_strided.default),
     aten.unfold.default: _unwritable(aten.unfold.default),
+    aten.view.dtype: _unwritable(aten.view.dtype),
     aten.view_as_real.default: _unwritable(aten.view_as_real.default),
     aten.view_as_complex.default: _unwritable(aten.view_as_complex.default),
     stop_gradient: _detached,

@@ -521,3 +521,13 @@ def test_a_dim_out_of_range_is_no_other_dim(f):
     ):
         with pytest.raises(IndexError, match="out of range"):
             wrapped(x)
+
+
+def test_a_write_through_a_view_of_another_dtype_raises():
+    def f(x):
+        y = x * 1
+        y.view(torch.int32).mul_(2)
+        return y
+
+    with pytest.raises(errors.NotSupported, match="writing in place"):
+        fxfunc.jit(f)(torch.ones(3))
