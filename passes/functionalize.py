@@ -350,7 +350,14 @@ def _detached(*, val):
     return (lambda b, base: b.emit(stop_gradient, (base,)), lambda b, base, new: b.emit(graft, (new, base)))
 
 
+def _conjugated(*, val):
+    return (lambda b, base: base.conj(), lambda b, base, new: new.conj())
+
+
 VIEWS = {
+    aten._conj.default: _conjugated,
+    aten._neg_view.default: _unwritable(aten._neg_view.default),
+    aten._reshape_alias.default: _like(aten._reshape_alias.default),
     aten.view.default: _like(aten.view.default),
     aten._unsafe_view.default: _like(aten._unsafe_view.default),
     aten.alias.default: _like(aten.alias.default),

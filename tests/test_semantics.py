@@ -425,6 +425,17 @@ def test_semantics_07_writing_under_no_grad_keeps_the_old_derivative(f, derivati
     agree_on(mode, derivative, f, vector())
 
 
+def test_semantics_07_a_write_through_a_conjugate_reaches_its_base():
+    def f(x):
+        y = x * 1
+        y.conj().mul_(2 + 1j)
+        return y
+
+    x = torch.complex(vector(), vector().cos())
+    same(fxfunc.jit(f)(x), f(x))
+    same(fxfunc.grad(lambda x: f(x).abs().sum())(x), torch.func.grad(lambda x: f(x).abs().sum())(x))
+
+
 @both_modes
 def test_semantics_07_the_numbers_of_the_item(mode):
     same(MODES[mode](fxfunc.grad(lambda x: scaled(x).sum()), vector()), torch.ones(3, dtype=F64))
