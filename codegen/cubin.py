@@ -1,6 +1,4 @@
-"""Registers and stack of a kernel, read off its cubin (an ELF file) without any tool. Entry point:
-`resources`.
-"""
+"""Registers and stack of a kernel, read off its cubin (an ELF file) without any tool. Entry point: `resources`."""
 
 from __future__ import annotations
 

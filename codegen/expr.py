@@ -1,6 +1,4 @@
-"""Building the body of a kernel. Entry points: `Body` (instructions, equal ones shared), `Expr` (what the
-rows compute with).
-"""
+"""Building the body of a kernel. Entry points: `Body` (instructions, equal ones shared), `Expr` (what the rows compute with)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """What becomes one kernel. Entry point: `fuse(graph)` -> the graph with each group as one `kernel` node.
 
-A group is pointwise calls (views and constants are free) and reductions of one shape with what comes before
-and after them. It is legal if it lowers (`lower`) and if the graph of groups stays acyclic. Every call is
-computed in exactly one place. Groups of one call, matmuls, convolutions and everything else stay ATen nodes.
-What is decided depends on shapes alone.
+A group is pointwise calls (views and constants are free) and reductions of one shape with what comes before and after them.
+It is legal if it lowers (`lower`) and if the graph of groups stays acyclic. Every call is computed in exactly one place.
+Groups of one call, matmuls, convolutions and everything else stay ATen nodes. What is decided depends on shapes alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Where a value is read: each axis of it as an affine map of the axes of a kernel's index space. Views only
-change the map.
+"""Where a value is read: each axis of it as an affine map of the axes of a kernel's index space. Views only change the map.
 
-Entry points: `Space` (the axes of a kernel), `VIEWS` (op -> how a map of its result becomes one of its
-argument), `push` (the other way, for views that lose nothing). A view that needs a finer axis raises `Split`;
-one that has no map, `NotFusable`.
+Entry points: `Space` (the axes of a kernel), `VIEWS` (op -> how a map of its result becomes one of its argument), `push`
+(the other way, for views that lose nothing). A view that needs a finer axis raises `Split`; one that has no map, `NotFusable`.
 """
 
 from __future__ import annotations
@@ -182,8 +180,7 @@ def _finer(space: Space, coefs: tuple[Size, ...], n: Size) -> Exception:
     return NotFusable("a reshape that no split of an axis resolves")
 
 
-# ---- views: f(space, map of the result, result Val, argument Val, *other arguments) -> map of the argument
-# ----
+# ---- views: f(space, map of the result, result Val, argument Val, *other arguments) -> map of the argument ----
 
 
 def _reshape(space: Space, m: Map, out: Val, x: Val, *_: object, **__: object) -> Map:
@@ -210,8 +207,7 @@ def broadcast_map(space: Space, m: Map, out: Val, x: Val, *_: object, **__: obje
     )
 
 
-def _slice(space: Space, m: Map, out: Val, x: Val, dim: int = 0, start: Size | None = None,
-end: Size | None = None,
+def _slice(space: Space, m: Map, out: Val, x: Val, dim: int = 0, start: Size | None = None, end: Size | None = None,
            step: int = 1) -> Map:  # fmt: skip
     dim, n = dim % x.ndim, x.shape[dim % x.ndim]
     start = 0 if start is None else start
@@ -239,12 +235,10 @@ def _same(space: Space, m: Map, *_: object, **__: object) -> Map:
 
 VIEWS: dict[object, Callable[..., Map]] = {
     aten.reshape.default: _reshape, aten.view.default: _reshape, aten._unsafe_view.default: _reshape,
-    aten.unsqueeze.default: _reshape, aten.squeeze.default: _reshape, aten.squeeze.dim: _reshape,
-    aten.squeeze.dims: _reshape,
+    aten.unsqueeze.default: _reshape, aten.squeeze.default: _reshape, aten.squeeze.dim: _reshape, aten.squeeze.dims: _reshape,
     aten.permute.default: _permute, aten.transpose.int: _transpose,
     aten.t.default: lambda space, m, out, x: _transpose(space, m, out, x, 0, -1) if x.ndim == 2 else m,
-    aten.expand.default: broadcast_map, aten.slice.Tensor: _slice, aten.select.int: _select,
-    aten.flip.default: _flip,
+    aten.expand.default: broadcast_map, aten.slice.Tensor: _slice, aten.select.int: _select, aten.flip.default: _flip,
     aten.alias.default: _same, aten.detach.default: _same, aten.clone.default: _same,
     stop_reverse: _same, stop_gradient: _same,
 }  # fmt: skip

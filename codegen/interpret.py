@@ -1,7 +1,7 @@
 """The emitted Triton source run by Triton's interpreter, on CPU tensors. Entry point: `interpret`, for tests.
 
-Only in a process started with TRITON_INTERPRET=1, where nothing can be compiled. The interpreter has no
-libdevice, so torch computes those functions.
+Only in a process started with TRITON_INTERPRET=1, where nothing can be compiled. The interpreter has no libdevice, so
+torch computes those functions.
 """
 
 from __future__ import annotations

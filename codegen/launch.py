@@ -1,9 +1,7 @@
-"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`,
-`bind`.
+"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`, `bind`.
 
-Needs neither Triton nor a C compiler. The parameters of a Triton kernel are its runtime arguments in order,
-then two pointers: global scratch and profile scratch, null where the kernel uses none. Kernels run on torch's
-current stream.
+Needs neither Triton nor a C compiler. The parameters of a Triton kernel are its runtime arguments in order, then two
+pointers: global scratch and profile scratch, null where the kernel uses none. Kernels run on torch's current stream.
 """
 
 from __future__ import annotations
@@ -66,8 +64,7 @@ class Binary:
     def files(self) -> dict[str, bytes]:
         """What an artifact keeps of it; `read` is the inverse."""
         meta = {name: getattr(self, name) for name in _META} | {"kernel": str(self.kernel)}
-        return {"kernel.cubin": self.cubin, "kernel.ptx": self.ptx.encode(),
-        "kernel.py": self.source.encode(),
+        return {"kernel.cubin": self.cubin, "kernel.ptx": self.ptx.encode(), "kernel.py": self.source.encode(),
                 "launch.json": json.dumps(meta, indent=1).encode()}  # fmt: skip
 
 

@@ -1,30 +1,21 @@
 """The loop IR. Entry points: `Kernel` (with `str`), `verify`, `evaluate` (the slow oracle), `kernel` (the graph node of one).
 
     size   = int | Dim                                         a Dim is an argument of the compiled kernel
-    kernel = Kernel(grid: size*, args: arg*, body: instr*)     the body runs at every point of the grid,
-    in any order
+    kernel = Kernel(grid: size*, args: arg*, body: instr*)     the body runs at every point of the grid, in any order
     arg    = Arg(shape, dtype, output)                         a dense tensor, row-major
-    index  = Index(offset: size, grid: size*,
-    tile: size*)     offset + grid . g + tile . t: an affine map of the logical
-                                                               index space,
-                                                               so views of an argument cost nothing
-    instr  = Load(arg, index, shape, mask)                     arg[index] as a tile of this shape,
-    0 where not mask
+    index  = Index(offset: size, grid: size*, tile: size*)     offset + grid . g + tile . t: an affine map of the logical
+                                                               index space, so views of an argument cost nothing
+    instr  = Load(arg, index, shape, mask)                     arg[index] as a tile of this shape, 0 where not mask
            | Const(value: number | Dim, dtype)                 a tile of shape ()
            | Iota(index, shape)                                the index itself, int64
-           | Apply(op, x*, dtype)                              elementwise,
-           `ELEMENTWISE` by name; tiles broadcast
-           | Reduce(op, x, shape,
-           axes)                        of x broadcast to shape; the axes are kept as size 1
-           | Store(arg, index, x,
-           shape)                       x broadcast to shape; each output is stored once, whole
+           | Apply(op, x*, dtype)                              elementwise, `ELEMENTWISE` by name; tiles broadcast
+           | Reduce(op, x, shape, axes)                        of x broadcast to shape; the axes are kept as size 1
+           | Store(arg, index, x, shape)                       x broadcast to shape; each output is stored once, whole
 
-A value is an instruction,
-named by its position in the body: a tile with a shape and a dtype at each grid point.
+A value is an instruction, named by its position in the body: a tile with a shape and a dtype at each grid point.
 A pointwise kernel has a grid point an element and tiles of shape (); a row sum has a grid point a row and tiles of
 shape (columns,). Arithmetic is strictly typed: all operands and the result have one dtype, casts are written.
-Blocks, padding,
-layouts and offset widths are the emitter's. Names and source lines are for people: equality ignores them.
+Blocks, padding, layouts and offset widths are the emitter's. Names and source lines are for people: equality ignores them.
 """
 
 from __future__ import annotations
@@ -40,8 +31,7 @@ from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size, at, numel
 from fxfunc.passes.graph import Op
 
-# kernel(Kernel, *operands): the outputs of a Kernel, in order of its output arguments; one output is not a
-# tuple.
+# kernel(Kernel, *operands): the outputs of a Kernel, in order of its output arguments; one output is not a tuple.
 kernel = Op("kernel")
 
 Number = int | float | bool
@@ -214,11 +204,9 @@ _COMPARE: dict[str, Callable[..., Tensor]] = {
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in _UNARY},
     **_COMPARE,
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "pow": torch.pow, "atan2": torch.atan2,
-    "fmod": torch.fmod,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "pow": torch.pow, "atan2": torch.atan2, "fmod": torch.fmod,
     "div": torch.true_divide,                                          # floats only, correctly rounded
-    "floordiv": torch.floor_divide, "rem": torch.remainder,
-               # round down, sign of the divisor: as Python
+    "floordiv": torch.floor_divide, "rem": torch.remainder,            # round down, sign of the divisor: as Python
     "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
     "maximum": torch.maximum, "minimum": torch.minimum,                # a NaN operand gives NaN
     "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor, "not": torch.bitwise_not,

@@ -1,10 +1,8 @@
-"""A group of graph nodes -> one loop-IR kernel. Entry points: `lower` (raises `NotFusable`), `is_fusable`,
-`base`.
+"""A group of graph nodes -> one loop-IR kernel. Entry points: `lower` (raises `NotFusable`), `is_fusable`, `base`.
 
-From each output the index map is followed backward: a view changes the map, an elementwise op passes it on, a
-value from outside of the group is loaded through it. Views and constants are free, so no node of the group
-stands for them. Each member is computed once: at one map, in one kernel (what is compared with something
-derived from it keeps its bits).
+From each output the index map is followed backward: a view changes the map, an elementwise op passes it on, a value from
+outside of the group is loaded through it. Views and constants are free, so no node of the group stands for them.
+Each member is computed once: at one map, in one kernel (what is compared with something derived from it keeps its bits).
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ from .rows import EXPENSIVE, POINTWISE, REDUCING, Row
 
 aten = torch.ops.aten
 
-# chunked(x, dim, chunk, fill): `dim` as two, the inner of size `chunk`, filled up at the end; exists only
-# inside of kernels.
+# chunked(x, dim, chunk, fill): `dim` as two, the inner of size `chunk`, filled up at the end; exists only inside of kernels.
 chunked = Op("chunked")
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
@@ -50,8 +47,7 @@ def is_fusable(node: Node) -> bool:
     """True for a pointwise or reducing call on dtypes and devices that a kernel takes."""
     row = POINTWISE.get(node.target) or REDUCING.get(node.target)
     vals = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
-    return (row is not None and all(isinstance(v,
-    Val) and v.dtype in DTYPES for v in vals) and len({v.device for v in vals}) == 1
+    return (row is not None and all(isinstance(v, Val) and v.dtype in DTYPES for v in vals) and len({v.device for v in vals}) == 1
             and (node.target in POINTWISE or reduced_dims(node) != ()))  # fmt: skip
 
 
@@ -91,8 +87,7 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
 
 def promoted(args: Sequence) -> torch.dtype:
     """What one or two operands promote to."""
-    stand_ins = [torch.empty((1,) * min(a.meta["val"].ndim, 1), dtype=a.meta["val"].dtype,
-    device="meta") if isinstance(a, Node)
+    stand_ins = [torch.empty((1,) * min(a.meta["val"].ndim, 1), dtype=a.meta["val"].dtype, device="meta") if isinstance(a, Node)
                  else 1 if isinstance(a, Dim) else a for a in args]  # fmt: skip
     return torch.result_type(stand_ins[0], stand_ins[-1])
 

@@ -1,5 +1,4 @@
-"""What each pointwise and reducing ATen op computes, one row an op: overload -> `Row(expression, compute
-dtype)`.
+"""What each pointwise and reducing ATen op computes, one row an op: overload -> `Row(expression, compute dtype)`.
 
 An expression is over `Expr`s already cast to the row's compute dtype; the result is cast to the node's. Kinds of compute:
   result    the node's dtype, half and bfloat16 as float32, bool as int32 (ATen's `opmath`)
@@ -85,8 +84,7 @@ def _int_power(x: Expr, n: int) -> Expr:
 
 # As ATen's kernels: exact products, correctly rounded roots.
 _POWERS: dict[float, Callable[[Expr], Expr]] = {
-    0: lambda x: x.coerce(1), 1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x,
-    -1: lambda x: 1.0 / x,
+    0: lambda x: x.coerce(1), 1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x, -1: lambda x: 1.0 / x,
     -2: lambda x: 1.0 / (x * x), 0.5: lambda x: x.op("sqrt"), -0.5: lambda x: x.op("rsqrt"),
 }  # fmt: skip
 
@@ -170,8 +168,7 @@ POINTWISE: dict[object, Row] = {
     aten.mul.Tensor: _mul, aten.mul.Scalar: _mul,
     aten.div.Tensor: _div, aten.div.Scalar: _div, aten.div.Tensor_mode: _div, aten.div.Scalar_mode: _div,
     aten.floor_divide.default: Row(lambda a, b: a.op("floordiv", b)),
-    aten.remainder.Tensor: Row(lambda a, b: a.op("rem", b)), aten.remainder.Scalar: Row(lambda a,
-    b: a.op("rem", b)),
+    aten.remainder.Tensor: Row(lambda a, b: a.op("rem", b)), aten.remainder.Scalar: Row(lambda a, b: a.op("rem", b)),
     aten.remainder.Scalar_Tensor: Row(lambda a, b: a.op("rem", b)),
     aten.fmod.Tensor: Row(lambda a, b: a.op("fmod", b)), aten.fmod.Scalar: Row(lambda a, b: a.op("fmod", b)),
     aten.pow.Tensor_Scalar: Row(_pow), aten.pow.Tensor_Tensor: Row(_pow), aten.pow.Scalar: Row(_pow),
@@ -179,8 +176,7 @@ POINTWISE: dict[object, Row] = {
     aten.reciprocal.default: Row(lambda x: 1.0 / x),
     aten.atan2.default: Row(lambda a, b: a.op("atan2", b)),
     aten.sign.default: Row(_sign), aten.sgn.default: Row(_sign),
-    aten.maximum.default: Row(lambda a, b: a.op("maximum", b)), aten.minimum.default: Row(lambda a,
-    b: a.op("minimum", b)),
+    aten.maximum.default: Row(lambda a, b: a.op("maximum", b)), aten.minimum.default: Row(lambda a, b: a.op("minimum", b)),
     aten.clamp.default: Row(_clamp), aten.clamp.Tensor: Row(_clamp),
     aten.clamp_min.default: Row(_clamp), aten.clamp_min.Tensor: Row(_clamp),
     aten.clamp_max.default: Row(lambda x, high: _clamp(x, None, high)),
@@ -203,8 +199,7 @@ POINTWISE: dict[object, Row] = {
     aten.lerp.Scalar: Row(_lerp), aten.lerp.Tensor: Row(_lerp),
     aten.logaddexp.default: Row(_logaddexp),
     aten.xlogy.Tensor: Row(_xlogy),
-    aten.where.self: _choose, aten.where.ScalarSelf: _choose, aten.where.ScalarOther: _choose,
-    aten.where.Scalar: _choose,
+    aten.where.self: _choose, aten.where.ScalarSelf: _choose, aten.where.ScalarOther: _choose, aten.where.Scalar: _choose,
     aten.masked_fill.Scalar: _fill, aten.masked_fill.Tensor: _fill,
     # ---- casts, comparisons, truth ----
     aten._to_copy.default: _cast, prims.convert_element_type.default: _cast,
@@ -249,8 +244,7 @@ REDUCING: dict[object, Row] = {
     aten.all.default: _reduction("all", "bool"), aten.all.dim: _reduction("all", "bool"),
     aten.all.dims: _reduction("all", "bool"),
 }  # fmt: skip
-# How a large one is done in two phases: the reduction of both phases, and what is divided by the count at the
-# end.
+# How a large one is done in two phases: the reduction of both phases, and what is divided by the count at the end.
 TWO_PHASE: dict[object, str] = {
     aten.sum.dim_IntList: "sum", aten.sum.default: "sum", aten.mean.dim: "sum", aten.mean.default: "sum",
     aten.amax.default: "amax", aten.amin.default: "amin", aten.max.default: "amax", aten.min.default: "amin",

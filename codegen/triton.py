@@ -1,9 +1,8 @@
 """Loop IR -> Triton source -> cubin. Entry points: `source`, `compile`, `compile_graph`, `table`.
 
-Programs cover the grid in blocks of `rows`, a kernel with reductions also its tile in blocks of `cols` (in a
-loop if it is large or symbolic). Blocks follow from shapes alone, so sums have one order. Padding, masks and
-offset widths exist only here. Triton is imported only by `compile`; the text runs as it is under
-TRITON_INTERPRET=1 (interpret.py).
+Programs cover the grid in blocks of `rows`, a kernel with reductions also its tile in blocks of `cols` (in a loop if it is
+large or symbolic). Blocks follow from shapes alone, so sums have one order. Padding, masks and offset widths exist only
+here. Triton is imported only by `compile`; the text runs as it is under TRITON_INTERPRET=1 (interpret.py).
 """
 
 from __future__ import annotations
@@ -28,14 +27,11 @@ from .fuse import STAND_IN, fuse, kernels_of
 from .launch import Binary
 from .loops import Apply, Const, Index, Instr, Iota, Kernel, Load, Reduce, Store, neutral, value_names
 
-TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32",
-torch.float64: "float64",
-         torch.bool: "int1", torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16",
-         torch.int32: "int32",
+TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
+         torch.bool: "int1", torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16", torch.int32: "int32",
          torch.int64: "int64"}  # fmt: skip
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-            torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16",
-            torch.int32: "*i32",
+            torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
             torch.int64: "*i64"}  # fmt: skip
 
 
@@ -73,8 +69,7 @@ TEMPLATES: dict[str, str | Callable[[torch.dtype], str]] = {
     "not": lambda dtype: "{0} == 0" if dtype is torch.bool else "~{0}",
     "where": "tl.where({0}, {1}, {2})",
 }
-_ACCUMULATE = {"sum": "{0} + {1}", "prod": "{0} * {1}", "amax": "maximum({0}, {1})",
-"amin": "minimum({0}, {1})",
+_ACCUMULATE = {"sum": "{0} + {1}", "prod": "{0} * {1}", "amax": "maximum({0}, {1})", "amin": "minimum({0}, {1})",
                "any": "{0} | {1}", "all": "{0} & {1}"}  # fmt: skip
 _COMBINE = {"prod": "product", "amax": "maximum", "amin": "minimum", "any": "either", "all": "both"}
 
@@ -197,8 +192,7 @@ class _Emitter:
 
     def __init__(self, k: Kernel):
         self.k, self.schedule, self.tile = k, schedule(k), tile_of(k)
-        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in",
-        *HELPERS, *k.sizes,
+        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
                                 *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
         self.args, self.values = names[: len(k.args)], names[len(k.args) :]
         self.out: list[str] = []
@@ -509,8 +503,7 @@ def compile(k: Kernel, target: str = "cuda:90") -> Binary:
     done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
     m, cubin = done.metadata, done.asm["cubin"]
     used = resources(cubin, m.name)
-    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text,
-    types=tuple(types),
+    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
                   rows=s.rows, warps=s.warps, shared=m.shared, regs=used.regs, spills=used.stack,
                   scratch=(m.global_scratch_size, m.global_scratch_align),
                   profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip

@@ -1,6 +1,4 @@
-"""Run as a script with TRITON_INTERPRET=1: every case's kernels, interpreted, against eager. Prints the cases
-that differ.
-"""
+"""Run as a script with TRITON_INTERPRET=1: every case's kernels, interpreted, against eager. Prints the cases that differ."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The launcher: what it asks of libcuda, argument by argument, with a driver that only records; the rest on a
-GPU.
-"""
+"""The launcher: what it asks of libcuda, argument by argument, with a driver that only records; the rest on a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ PARAMETERS = (U64, U64, U64, I64, U64, U64)  # of `binary`: three pointers, T, t
 class RecordingDriver:
     """libcuda as far as the launcher knows: calls succeed and are recorded, handles are numbers.
 
-    `launches` holds grid, block, shared memory and stream of each launch,
-    and its parameters read as `PARAMETERS`.
+    `launches` holds grid, block, shared memory and stream of each launch, and its parameters read as `PARAMETERS`.
     """
 
     def __init__(self, failing: str = "", context: int = 1):
@@ -170,10 +167,8 @@ def test_a_failing_call_is_a_named_error():
 
 
 @pytest.mark.parametrize(("target", "capability", "runs"), [
-    ("cuda:90", (9, 0), True), ("cuda:90", (10, 0), False), ("cuda:90", (8, 0), False), ("cuda:80", (8, 0),
-    True),
-    ("cuda:80", (8, 6), True), ("cuda:86", (8, 0), False), ("cuda:80", (9, 0), False), ("cuda:100", (10, 3),
-    False),
+    ("cuda:90", (9, 0), True), ("cuda:90", (10, 0), False), ("cuda:90", (8, 0), False), ("cuda:80", (8, 0), True),
+    ("cuda:80", (8, 6), True), ("cuda:86", (8, 0), False), ("cuda:80", (9, 0), False), ("cuda:100", (10, 3), False),
 ])  # fmt: skip
 def test_code_for_another_device_is_refused(target, capability, runs):
     if runs:

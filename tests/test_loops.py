@@ -197,8 +197,7 @@ def test_fusing_is_deterministic():
 
 def row_sum(**changes) -> Kernel:
     """Sums the rows of sin(x), x of shape (3, 4)."""
-    body = (Load(0, Index(0, (4,), (1,)), (4,), name="x"), Apply("sin", (0,), F32), Reduce("sum", 1, (4,),
-    (0,)),
+    body = (Load(0, Index(0, (4,), (1,)), (4,), name="x"), Apply("sin", (0,), F32), Reduce("sum", 1, (4,), (0,)),
             Store(1, Index(0, (1,), (0,)), 2, (1,)))  # fmt: skip
     return dataclasses.replace(
         Kernel((3,), (Arg((3, 4), F32), Arg((3,), F32, True)), body, "row_sum"), **changes
