@@ -99,7 +99,10 @@ def capture(
     recorder.randomness = randomness
     with custom.hooks(), foreign_modes_off(), recorder, torch.set_grad_enabled(grad):
         flags = iter(tracks)
-        tracers = iter([recorder.input(v, "x", next(flags, False)) for v in in_vals])
+        tensors = [x for x in leaves if is_tensor(x)]
+        tracers = iter(
+            [recorder.input(v, "x", next(flags, False), t) for v, t in zip(in_vals, tensors, strict=True)]
+        )
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
         graph = saw("capture", recorder.finish([x for x in out_leaves if is_tensor(x)], **writable))

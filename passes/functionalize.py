@@ -57,6 +57,12 @@ class _Walk:
         self.no_grad: set[Node] = set()
         self.stopped: dict[Value, Value] = {}
         self.track = any(_is_write(n) for n in raw.nodes)
+        self.scattered = {
+            n for n in raw.inputs if n.meta.get("scattered")
+        }  # not laid out in order, as far as is known
+        self.parted: dict[
+            Node, Node
+        ] = {}  # base -> a write that reached it or not, as its layout would have it
 
     def step(self, n: Node) -> None:
         """Emit one recorded call."""
@@ -71,6 +77,8 @@ class _Walk:
                 self._write(n, grad)
                 return
             self.env[n] = self._call(n, *self._arguments(n, grad))
+            if self.track:
+                self._lay_out(n)
             if self.track and n.target in VIEWS:
                 self._view(n)
 
@@ -98,6 +106,23 @@ class _Walk:
                 *source.args[1:], **source.kwargs, index=i, val=source.args[0].meta["val"]
             )
             self._register(n, source.args[0], view)
+            place = 1 if source.target is aten.unbind.int else 2
+            if source.args[0] in self.scattered or source.args[place:] not in ((), (0,)):
+                self.scattered.add(n)
+
+    def _lay_out(self, n: Node) -> None:
+        """Note a value whose elements may lie in another order, or with gaps: torch then copies in reshape and contiguous."""
+        if any(m in self.scattered for m in n.all_input_nodes):
+            kept = n.target not in _ORDERED and n.target is not aten.alias.default
+        else:
+            dim = n.args[1] if len(n.args) > 1 and n.target in (aten.select.int, aten.slice.Tensor) else None
+            kept = n.target in _SCATTERING and dim != 0
+        if kept:
+            self.scattered.add(n)
+
+    def _may_copy(self, n: Node) -> bool:
+        """True for a reshape of a scattered value, which is a view or a copy as its layout will have it."""
+        return n.target in _RESHAPES and n.args[0] in self.scattered
 
     def _view(self, n: Node) -> None:
         if isinstance(n.meta["val"], Val):
@@ -124,8 +149,12 @@ class _Walk:
         return value
 
     def _current(self, n: Node):
+        if (writer := self.parted.get(self._base(n))) is not None:
+            raise _unknown_layout(writer)
         if n in self.views and self.seen[n] != self._version(n):
             view = self.views[n]
+            if self._may_copy(n):
+                raise _unknown_layout(self.writer[self._base(n)])
             self.env[n] = view.forward(self.b, self.read(view.base, n not in self.no_grad))
             self.seen[n] = self._version(n)
         return self.env[n]
@@ -157,6 +186,12 @@ class _Walk:
         self.no_grad -= {base, n}
 
     def _store(self, n: Node, value: Value, writer: Node) -> None:
+        if n in self.views and self._may_copy(n):
+            base = self._base(n)
+            if base.op == "placeholder":
+                raise _unknown_layout(writer)
+            self.parted[base] = writer  # reading it from here on raises
+            del self.views[n]
         if n in self.views:
             view = self.views[n]
             self._store(view.base, view.backward(self.b, self._current(view.base), value), writer)
@@ -165,6 +200,40 @@ class _Walk:
             self.version[n] = self.version.get(n, 0) + 1
             self.writer[n] = writer
         self.env[n] = value
+
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.alias.default}
+_SCATTERING = {
+    *(
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.expand.default,
+        aten.select.int,
+        aten.slice.Tensor,
+    ),
+    *(aten.diagonal.default, aten.unfold.default, aten.as_strided.default),
+}
+# Their results are laid out in order whatever their operands are.
+_ORDERED = {
+    *(
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.mv.default,
+        aten.dot.default,
+    ),
+    *(aten.convolution.default, aten.embedding.default, aten.cat.default, aten.native_layer_norm.default),
+}
+
+
+def _unknown_layout(writer: Node) -> errors.NotSupported:
+    return errors.NotSupported(
+        what="writing in place where reshape or contiguous may have copied (the layout of the tensor is not known)",
+        instead="Clone the tensor before it is reshaped and written to.",
+        source=writer.meta.get("source"),
+    )
 
 
 def _explicit(op, val: Val, args, kwargs):

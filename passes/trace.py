@@ -59,9 +59,11 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*exc)
         self.functions.__exit__(*exc)
 
-    def input(self, val: Val, name: str, tracks: bool = False) -> Tracer:
-        """A tracer for a new input."""
-        return Tracer(self, self.builder.input(val, name), tracks)
+    def input(self, val: Val, name: str, tracks: bool = False, like: torch.Tensor | None = None) -> Tracer:
+        """A tracer for a new input, which stands for the tensor `like` if there is one."""
+        value = self.builder.input(val, name)
+        value.node.meta["scattered"] = like is not None and not like.is_contiguous()
+        return Tracer(self, value, tracks)
 
     def lift(self, t: torch.Tensor) -> Value:
         """The value of a tensor met in captured code; one that is not ours becomes a capture."""
@@ -69,7 +71,7 @@ class Recorder(TorchDispatchMode):
             return t.value
         found = self.captures.get(id(t))
         if found is None:
-            value = self.builder.input(val_of(t), "closed")
+            value = self.input(val_of(t), "closed", like=t).value
             found = self.captures[id(t)] = (t, value, errors.user_line())
         return found[1]
 

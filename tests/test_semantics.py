@@ -1773,3 +1773,54 @@ def test_semantics_30_a_bare_import_is_refused(package):
         done = subprocess.run([sys.executable, "-c", line], cwd=root, capture_output=True, text=True)
         assert done.returncode == 1 and f"ImportError: import fxfunc.{package}, not {package}" in done.stderr
     assert __import__(f"fxfunc.{package}", fromlist=["_"]).__name__ == f"fxfunc.{package}"
+
+
+SCATTERED = {
+    "t().reshape": lambda z: z.t().reshape(-1),
+    "t().contiguous": lambda z: z.t().contiguous(),
+    "t().flatten": lambda z: z.t().flatten(),
+    "[:, :2].reshape": lambda z: z[:, :2].reshape(-1),
+}
+IN_ORDER = {
+    "reshape": lambda z: z.reshape(-1),
+    "contiguous": lambda z: z.contiguous(),
+    "[0].view": lambda z: z[0].view(-1),
+    "t().unsqueeze": lambda z: z.t().unsqueeze(0),
+    "matmul": lambda z: (torch.ones(2, 2).t() @ z).reshape(-1),
+}
+
+
+def written(view, read):
+    """Write to a view of z, or to z, and read it or the other."""
+
+    def f(x):
+        z = x * 1
+        y = view(z)
+        (z if read == "view of written" else y).mul_(3)
+        return ((y if "view" in read else z) ** 2).sum()
+
+    return f
+
+
+@pytest.mark.parametrize("read", ["base", "written view", "view of written"])
+@pytest.mark.parametrize("name", [*SCATTERED, *IN_ORDER])
+def test_semantics_24_a_reshape_may_copy(name, read):
+    """torch copies in reshape where the elements are not in order: then a write to one side is not one to the other."""
+    x = torch.arange(1.0, 7).reshape(2, 3)
+    f = written((SCATTERED | IN_ORDER)[name], read)
+    if name in SCATTERED and read != "written view":
+        with pytest.raises(fxfunc.errors.NotSupported, match=r"copied.*test_semantics.py.*Clone"):
+            fxfunc.grad(f)(x)
+    else:
+        assert torch.equal(fxfunc.grad(f)(x), torch.func.grad(f)(x))
+        assert torch.equal(fxfunc.jit(fxfunc.vmap(f))(x[None]), torch.func.vmap(f)(x[None]))
+
+
+def test_semantics_24_a_reshape_of_an_argument_may_copy():
+    for f, x in (
+        (lambda a: a.t().reshape(-1).mul_(2), torch.ones(2, 3)),
+        (lambda a: a.reshape(-1).mul_(2), torch.ones(2, 3).t()),
+    ):
+        with pytest.raises(fxfunc.errors.NotSupported, match="copied"):
+            fxfunc.jit(f)(x)
+        assert torch.equal(x, torch.ones_like(x))
