@@ -22,7 +22,7 @@ from torch.fx import Node
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size
 from fxfunc.passes.dump import saw_source
-from fxfunc.passes.graph import Graph, Literal, Op, Val, constant, getitem, scan
+from fxfunc.passes.graph import Graph, Literal, Op, Val, constant, getitem, root, scan
 
 from .calls import best
 from .loops import Kernel
@@ -335,9 +335,9 @@ class _Writer:
         seen: set[object] = set(self.graph.inputs)
         out = []
         for n in self.graph.outputs:
-            root = None if n is None else _root(n)
-            copied = n is not None and (root in seen and root not in self.graph.inputs or _is_constant(root))
-            seen.add(root)
+            owner = None if n is None else root(n)
+            copied = n is not None and (owner in seen and owner not in self.graph.inputs or _is_constant(owner))
+            seen.add(owner)
             out.append(
                 "None"
                 if n is None
@@ -382,24 +382,8 @@ def _used(graph: Graph) -> set[Node | None]:
     return {m for n in graph.nodes for m in n.all_input_nodes} | set(graph.outputs)
 
 
-def _root(n: Node) -> object:
-    """What owns the memory of a value, as far as schemas tell: the value that it views, or itself."""
-    while n.op == "call_function":
-        source = n.args[0] if n.target is getitem else n
-        if (
-            isinstance(source.target, torch._ops.OpOverload)
-            and source.target._schema.returns[0].alias_info is not None
-        ):
-            n = source.args[0]
-        elif n.target is getitem:
-            return (source, n.args[1])
-        else:
-            return n
-    return n
-
-
-def _is_constant(root: object) -> bool:
-    return isinstance(root, Node) and root.target is constant
+def _is_constant(owner: object) -> bool:
+    return isinstance(owner, Node) and owner.target is constant
 
 
 def _dims_used(graph: Graph) -> list[str]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxfunc.codegen import eager
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw
-from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.graph import Graph, Val, root
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize
 from fxfunc.passes.linearize import vjp as emit_vjp
@@ -26,7 +26,7 @@ from fxfunc.passes.record import Builder
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import Recorder
-from fxfunc.passes.tracer import current, tracked, val_of
+from fxfunc.passes.tracer import Tracer, current, tracked, val_of
 
 from . import custom
 from .signature import resolved
@@ -215,11 +215,14 @@ class _Differentiable(torch.autograd.Function):
 
 
 def write_back(graph: Graph, inputs: list[torch.Tensor], results: list, first: int = 0) -> list:
-    """Store the new values of written inputs; the results, safe from these writes.
+    """Store the new values of written inputs; the results, safe from these writes, new tensors with memory of their own.
 
     The outputs of `graph`, of which the new values are the last, are in `results` from `first` on. Autograd sees the writes
     as it would see those of the function.
     """
+    results = list(results)
+    for i in graph.fresh:
+        (results[first + i],) = own_memory([results[first + i]], inputs)
     if not graph.written:
         return results
     written = [inputs[i] for i in graph.written]
@@ -242,7 +245,12 @@ def write_back(graph: Graph, inputs: list[torch.Tensor], results: list, first: i
 def own_memory(results: list, inputs: list[torch.Tensor]) -> list:
     """Results that the user made or asked for as new tensors, copied where the algebra left an input or a view of one."""
     if current() is not None:
-        return results
+        return [
+            r.clone()
+            if isinstance(r, Tracer) and getattr(root(r.value.node), "op", None) == "placeholder"
+            else r
+            for r in results
+        ]
     given = {t.untyped_storage()._cdata for t in inputs}
     return [r.clone() if r is not None and r.untyped_storage()._cdata in given else r for r in results]
 

@@ -20,7 +20,17 @@ from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Val, typed
 from fxfunc.passes.tracer import current, val_of
 
-from .capture import Captured, capture, check_tensors, compiled, is_tensor, run, vals_of, write_back
+from .capture import (
+    Captured,
+    capture,
+    check_tensors,
+    compiled,
+    is_tensor,
+    own_memory,
+    run,
+    vals_of,
+    write_back,
+)
 from .entry import entry, no_collection
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
@@ -315,13 +325,13 @@ class Compiled:
             )
         inputs = [*self.signature.tensors(args, kwargs), *self._closed]
         if self._graph is not None:
-            return self.signature.outputs(run(self._graph, self._compile, inputs))
+            return self.signature.outputs(own_memory(run(self._graph, self._compile, inputs), inputs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             raise errors.NotSupported(
                 what="differentiating through a loaded artifact",
                 instead="Call it under torch.no_grad(), or compile the derivative into the artifact.",
             )
-        return self.signature.outputs(self._program.call(inputs))
+        return self.signature.outputs(own_memory(self._program.call(inputs), inputs))
 
     def _compile(self, graph: Graph):
         return self._program.call if graph is self._graph else compiled(graph)

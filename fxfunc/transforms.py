@@ -329,7 +329,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, h
     results = write_back(call.graph, call.inputs, results)
     n = len(call.graph.outputs)
     value, aux = split(results[:n])
-    tangent, _ = split(results[n:] + results[count:n])
+    tangent, _ = split(own_memory(results[n:], [*call.inputs, *given]) + results[count:n])
     return (value, tangent, aux) if has_aux else (value, tangent)
 
 
@@ -349,7 +349,7 @@ def linearize(f: Callable, *primals):
 
     def jvp_fn(*tangents):
         given = _matching("jvp_fn", "tangent", tangents, leaves, spec, vals)
-        return call.captured.outputs(execute(linear, [*residuals, *given]))
+        return call.captured.outputs(own_memory(execute(linear, [*residuals, *given]), [*residuals, *given]))
 
     return call.captured.outputs(outs), jvp_fn
 
@@ -454,7 +454,8 @@ def _jacobian(transform: str, graph_of, f, argnums, has_aux, args, kwargs, rando
     width = sum(call.marked)
     results = execute(graph_of(call.graph, call.nonzero, count), call.inputs)
     results = write_back(call.graph, call.inputs, results, count * width)
-    rows = [call.unflatten(results[j * width : (j + 1) * width]) for j in range(count)]
+    entries = own_memory(results[: count * width], call.inputs)
+    rows = [call.unflatten(entries[j * width : (j + 1) * width]) for j in range(count)]
     value, aux = split(results[count * width :])
     leaves, spec = pytree.tree_flatten(value)
     return pytree.tree_unflatten(rows, spec), aux

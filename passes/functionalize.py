@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from . import errors
 from .dims import Dim, numel
-from .graph import Graph, Val, getitem, graft, stop_gradient, stop_reverse, substitute
+from .graph import Graph, Val, getitem, graft, root, stop_gradient, stop_reverse, substitute
 from .infer import hermetic
 from .record import Builder, Value
 
@@ -34,6 +34,7 @@ def functionalize(raw: Graph, *, writable: Callable[[int], bool] = lambda i: Fal
         raise errors.MutatedCapture(op=node.target, source=node.meta.get("source"))
     graph = walk.b.finish(outputs + [walk.read(raw.inputs[i], True) for i in written])
     graph.written = tuple(written)
+    graph.fresh = tuple(i for i, n in enumerate(raw.outputs) if n is not None and root(n) not in raw.inputs)
     return graph
 
 

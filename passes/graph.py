@@ -132,9 +132,10 @@ class Graph:
         self.inputs: tuple[Node, ...] = tuple(n for n in fx.nodes if n.op == "placeholder")
         output = next(iter(reversed(fx.nodes)))
         self.outputs: tuple[Node | None, ...] = tuple(output.args[0])
-        self.written: tuple[
-            int, ...
-        ] = ()  # inputs whose new values are the last outputs (a capture that writes in place)
+        # Of a capture that writes in place: the inputs whose new values are the last outputs.
+        self.written: tuple[int, ...] = ()
+        # Of a capture: the outputs that are new tensors in the captured code, whatever the algebra makes of them.
+        self.fresh: tuple[int, ...] = ()
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -251,6 +252,22 @@ def reached(nodes, starts) -> set[Node]:
         if any(m in found for m in n.all_input_nodes):
             found.add(n)
     return found
+
+
+def root(n: Node) -> object:
+    """What owns the memory of a value, as far as schemas tell: the value that it views, or itself."""
+    while n.op == "call_function":
+        source = n.args[0] if n.target is getitem else n
+        schema = getattr(source.target, "_schema", None)
+        if source.target in (stop_reverse, stop_gradient, graft) or (
+            schema and schema.returns[0].alias_info is not None
+        ):
+            n = source.args[0]
+        elif n.target is getitem:
+            return (source, n.args[1])
+        else:
+            return n
+    return n
 
 
 def cone(outputs, bound) -> list[Node]:

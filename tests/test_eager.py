@@ -158,3 +158,49 @@ def test_a_scan_is_a_loop_and_not_unrolled():
     f = lambda v: fxfunc.scan(lambda c, s: (c * s, c), v[0], v)
     lines = [len(eager.source(graph_of(f, x(n, 3))).splitlines()) for n in (3, 30)]
     assert lines[0] == lines[1] < 30
+
+
+W = x(3)
+NEW = {
+    "clone": lambda v: v.clone(),
+    "* 1": lambda v: v * 1,
+    "neg neg": lambda v: v.neg().neg(),
+    "** 1": lambda v: v**1,
+    "copying cast": lambda v: v.to(v.dtype, copy=True),
+    "view of a clone": lambda v: v.clone().reshape(-1),
+}
+USES = {
+    "jit": lambda f: fxfunc.jit(f),
+    "vmap": lambda f: fxfunc.vmap(f),
+    "jit of vmap": lambda f: fxfunc.jit(fxfunc.vmap(f)),
+    "compiled": lambda f: lambda v: fxfunc.jit(f).lower(v).compile("eager")(v),
+    "vjp": lambda f: lambda v: fxfunc.vjp(f, v)[0],
+    "jvp": lambda f: lambda v: fxfunc.jvp(f, (v,), (v,))[1],
+    "aux": lambda f: lambda v: fxfunc.grad(lambda u: (u.sum(), f(u)), has_aux=True)(v)[1],
+    "linearize": lambda f: lambda v: fxfunc.linearize(f, v)[1](v),
+    "jit of jit": lambda f: fxfunc.jit(lambda v: fxfunc.jit(f)(v)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", NEW)
+def test_a_new_tensor_is_new_whatever_the_algebra_makes_of_it(name, use):
+    """Changing a result in place changes no argument, though the program may have nothing left to compute."""
+    v = x(2, 3)
+    out = USES[use](NEW[name])(v)
+    out.add_(1)
+    assert torch.equal(v, x(2, 3))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        fxfunc.jit(fxfunc.grad(lambda v: (v * W).sum())),
+        fxfunc.grad(lambda v: (v * W).sum()),
+        lambda v: fxfunc.jacrev(lambda u: W[None] @ u[:, None])(v),
+        fxfunc.jit(fxfunc.jacfwd(lambda v: W[None] @ v[:, None])),
+    ],
+)
+def test_derivatives_share_no_memory_with_closures(f):
+    f(x(3)).add_(1)
+    assert torch.equal(W, x(3))
