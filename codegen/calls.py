@@ -54,11 +54,11 @@ def _table() -> dict[torch._ops.OpOverload, Callable]:
 
 
 BUILTINS = _table()
-# Ops that need dense operands: embedding bags refuse others, and whether a factorisation is that of A or of its transpose
-# depends on A's strides, while the graph reads the factors as those of a dense A.
+# Ops that need dense operands: embedding bags and complex views refuse others, and whether a factorisation is that of A or of
+# its transpose depends on A's strides, while the graph reads the factors as those of a dense A.
 _NEED_DENSE = """
     _linalg_det _linalg_slogdet _linalg_solve_ex _embedding_bag _embedding_bag_dense_backward
-    _embedding_bag_per_sample_weights_backward
+    _embedding_bag_per_sample_weights_backward view_as_complex
 """.split()
 _DENSE: dict[torch._ops.OpOverload, Callable] = {}
 for _op in (getattr(aten, name).default for name in _NEED_DENSE):

@@ -76,6 +76,24 @@ def _linalg_check(recorder, func, info, api_name, *, is_matrix):
             t.value = failed.reshape(shape).where(math.nan, t.value)
 
 
+def _fused_attention(recorder, func, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    """The kernel for CPUs, where torch's own Python functions lead to it: (output, logsumexp)."""
+    with torch.overrides.enable_reentrant_dispatch(), recorder:
+        out = _attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
+        scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        if is_causal:
+            scores = scores.masked_fill(
+                torch.ones_like(scores, dtype=torch.bool).tril().logical_not(), -math.inf
+            )
+        if attn_mask is not None:
+            scores = (
+                scores.masked_fill(attn_mask.logical_not(), -math.inf)
+                if is_mask(attn_mask)
+                else scores + attn_mask
+            )
+        return out, scores.logsumexp(-1)
+
+
 # Functions from an op of a library to its handler, or None; fxfunc/custom.py adds one.
 OF_LIBRARY: list = []
 DISPATCH = {
@@ -83,6 +101,7 @@ DISPATCH = {
     aten._embedding_bag_forward_only.default: lambda recorder, func, *args: recorder._record(
         aten._embedding_bag.default, *args
     ),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _fused_attention,
     aten.native_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,

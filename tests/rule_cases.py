@@ -511,6 +511,26 @@ case(
 )
 
 
+case(
+    "multi_head_attention",
+    lambda x, w, u: _multi_head(x, w, u, need_weights=False),
+    lambda s: (s(s.n, 1, 4), s(12, 4), s(4, 4)),
+    reference=lambda x, w, u: _multi_head(x, w, u, need_weights=True),
+)
+case(
+    "fused_attention",
+    lambda q, k, v, m: aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=m, scale=0.3
+    ),
+    lambda s: (s(1, 2, s.n, 4), s(1, 2, 3, 4), s(1, 2, 3, 4), s(1, 2, s.n, 3)),
+    reference=lambda q, k, v, m: ((a := q @ k.mT * 0.3 + m).softmax(-1) @ v, a.logsumexp(-1)),
+)
+case(
+    "view_as_complex_transposed",
+    lambda x: torch.view_as_real(torch.view_as_complex(x.mT.contiguous()) ** 2).mT,
+    lambda s: (s(2, s.n),),
+)
+
 # ----- rows that only some spellings reach ----------------------------------------------------------------------------
 case("sub_scalar", lambda a: torch.ops.aten.sub.Scalar(a, 2.0), lambda s: (s(3, s.n),))
 case("fmod_scalar", lambda a: torch.fmod(a, 0.7), lambda s: (s(3, s.n),))
@@ -637,3 +657,7 @@ def _attention(q, k, v):
 def _masked_scatter(a, m, b):
     rank = m.reshape(-1).to(torch.int64).cumsum(0) - 1
     return torch.where(m, b.reshape(-1)[rank.clamp_min(0)].reshape(a.shape), a)
+
+
+def _multi_head(x, w, u, **how):
+    return F.multi_head_attention_forward(x, x, x, 4, 2, w, None, None, None, False, 0.0, u, None, **how)[0]
