@@ -14,7 +14,9 @@ from .simplify import SIMPLIFY
 def lowered(graph: Graph) -> Graph:
     """A graph as the backends take it: maps batched, then algebra until nothing changes."""
     graph = saw("dce", dce(graph))
-    graph = saw("lower", dce(lower(graph)))  # a loop that stands for a missing batching rule stacks all results
+    graph = saw(
+        "lower", dce(lower(graph))
+    )  # a loop that stands for a missing batching rule stacks all results
     while len(smaller := simplify(graph)) < len(graph):
         graph = saw("simplify", smaller)
     return graph

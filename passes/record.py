@@ -12,6 +12,7 @@ import keyword
 import torch
 from torch.fx import Node
 
+from . import errors
 from .dims import Dim, numel
 from .graph import (
     Graph,
@@ -138,10 +139,9 @@ def _missing_size(total, known):
         return 1
     if not isinstance(known, Dim):
         return total // known
-    rest = {tuple(_without(m, known)): c for m, c in total.terms}
-    return (
-        Dim._make(rest) if len(known.terms) == 1 else (_ for _ in ()).throw(ValueError(f"{total} / {known}"))
-    )
+    if len(known.terms) > 1:
+        raise errors.DynamicShape(what=f"the size {total} / {known}")
+    return Dim._make({tuple(_without(m, known)): c for m, c in total.terms})
 
 
 def _without(monomial, known):

@@ -52,11 +52,6 @@ def number(x):
     return x if isinstance(x, (int, float, complex)) and not isinstance(x, bool) else None
 
 
-def _is(x, n) -> bool:
-    found = number(x)
-    return found is not None and found == n
-
-
 def _filled(like: Value, shape, fill) -> Value:
     return like.full(shape, fill)
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from . import errors
 from .dims import Dim
-from .graph import Graph, Val, getitem, substitute
+from .graph import Graph, Val, extract, getitem, substitute
 from .record import Builder, Value
 from .rules.table import ROWS, Undefined
 
@@ -101,9 +101,7 @@ def _through(b, graph, tensors, cts):
     """Transpose a decomposition: its linear inputs are reordered behind the others."""
     linear = [i for i, t in enumerate(tensors) if isinstance(t, Undefined)]
     others = [i for i in range(len(tensors)) if i not in linear]
-    reordered = Graph.__new__(Graph)
-    reordered.fx, reordered.outputs = graph.fx, graph.outputs
-    reordered.inputs = tuple(graph.inputs[i] for i in others + linear)
+    reordered = extract([graph.inputs[i] for i in others + linear], list(graph.outputs))
     return transpose(b, reordered, [tensors[i] for i in others], cts)
 
 

@@ -133,7 +133,7 @@ def _batch_norm(ts, y, x, w, mean, rstd):
 def _functional(ts, y, x, w, b, running_mean, running_var, training, momentum, eps):
     """Running statistics are kept outside of every derivative, as torch keeps them."""
     if not training:
-        return _eval((*ts[:3], ts[3], ts[4]), y, x, w, b, running_mean, running_var, momentum, eps) + (
+        return _eval(ts[:5], y, x, w, b, running_mean, running_var, momentum, eps) + (
             None,
             None,
         )

@@ -49,12 +49,6 @@ def _at_least_zero(count, correction):
     return max(count - correction, 0) if isinstance(count, int) else count - correction
 
 
-def _real(dtype):
-    import torch
-
-    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
-
-
 def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
     """Zero where the deviation is zero."""
     centred = a - _mean(a, dim, True)
@@ -63,14 +57,23 @@ def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
 
 
 def _var(t, y, a, dim=None, *, correction=None, keepdim=False):
-    weight = (a - _mean(a, dim, True)).conj() * 2 / _at_least_zero(_count(a, dim), 1 if correction is None else correction)
-    return (t * weight).to(_real(y.dtype)).sum(dims_of(a, dim), keepdim)
+    weight = (
+        (a - _mean(a, dim, True)).conj()
+        * 2
+        / _at_least_zero(_count(a, dim), 1 if correction is None else correction)
+    )
+    return (t * weight).to(y.dtype.to_real()).sum(dims_of(a, dim), keepdim)
 
 
 rule(aten.var.correction, jvp=[_var], batch=along("dim"))
 rule(
     aten.var_mean.correction,
-    jvp=[lambda t, y, a, dim=None, **how: (_var(t, y[0], a, dim, **how), _mean(t, dim, how.get("keepdim", False)))],
+    jvp=[
+        lambda t, y, a, dim=None, **how: (
+            _var(t, y[0], a, dim, **how),
+            _mean(t, dim, how.get("keepdim", False)),
+        )
+    ],
     batch=along("dim"),
 )
 
