@@ -123,7 +123,7 @@ class _Walk:
 
     def _may_copy(self, n: Node) -> bool:
         """True for a reshape of a scattered value, which is a view or a copy as its layout will have it."""
-        return n.target in _RESHAPES and n.args[0] in self.scattered
+        return n.target in _RESHAPES and n.args[0] in self.scattered and not n.meta.get("view")
 
     def _view(self, n: Node) -> None:
         if isinstance(n.meta["val"], Val):

@@ -140,6 +140,14 @@ def _contiguous(x, memory_format=torch.contiguous_format):
     return y
 
 
+def _view(x, *args, **kwargs):
+    """A view by the user's word: unlike reshape, torch would raise rather than copy."""
+    y = x.view(*args, **kwargs)
+    if isinstance(y, Tracer):
+        y.value.node.meta["view"] = True
+    return y
+
+
 def _as_strided(x, *args, **kwargs):
     if isinstance(x, Tracer) and not x.dense:
         raise errors.NotSupported(
@@ -267,6 +275,7 @@ FUNCTIONS = {
     torch.as_tensor: _from_data(torch.as_tensor, copies=False),
     torch.asarray: _from_data(torch.asarray, copies=False),
     torch.Tensor.contiguous: _contiguous,
+    torch.Tensor.view: _view,
     torch.Tensor.as_strided: _as_strided,
     torch.as_strided: _as_strided,
     torch.nn.functional.one_hot: _one_hot,

@@ -1786,6 +1786,7 @@ IN_ORDER = {
     "contiguous": lambda z: z.contiguous(),
     "[0].view": lambda z: z[0].view(-1),
     "t().unsqueeze": lambda z: z.t().unsqueeze(0),
+    "t().view": lambda z: z.t().view(3, 1, 2),
     "matmul": lambda z: (torch.ones(2, 2).t() @ z).reshape(-1),
 }
 
