@@ -336,7 +336,9 @@ class _Writer:
         out = []
         for n in self.graph.outputs:
             owner = None if n is None else root(n)
-            copied = n is not None and (owner in seen and owner not in self.graph.inputs or _is_constant(owner))
+            copied = n is not None and (
+                owner in seen and owner not in self.graph.inputs or _is_constant(owner)
+            )
             seen.add(owner)
             out.append(
                 "None"
