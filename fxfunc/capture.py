@@ -221,8 +221,9 @@ def write_back(graph: Graph, inputs: list[torch.Tensor], results: list, first: i
     as it would see those of the function.
     """
     results = list(results)
-    for i in graph.fresh:
-        (results[first + i],) = own_memory([results[first + i]], inputs)
+    fresh = [first + i for i in graph.fresh]
+    for i, owned in zip(fresh, own_memory([results[i] for i in fresh], inputs), strict=True):
+        results[i] = owned
     if not graph.written:
         return results
     written = [inputs[i] for i in graph.written]
