@@ -100,11 +100,24 @@ def _check_cell(cell: Any, where: str) -> None:
     if cell["status"] not in STATUSES:
         raise BenchError(f"{where}: status {cell['status']!r} is none of {', '.join(STATUSES)}")
     _require(cell, OK_CELL if cell["status"] == "ok" else {}, where)
+    _check_nesting(cell, where)
     for position, value, least in _figures(cell):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and math.isfinite(value) and (value >= 0 if least == 0 else value > 0)):
             wanted = "no number" if not number else "not finite" if not math.isfinite(value) else "too small"
             raise BenchError(f"{where}: {position} is {_short(value)}, {wanted}: measure again")
+
+
+def _check_nesting(cell: dict[str, Any], where: str) -> None:
+    """Launches hold turns and turns hold samples; a cold start has at least its first result."""
+    for launch, turns in enumerate(cell.get("steady_s", [])):
+        for turn, samples in enumerate(turns if isinstance(turns, list) else [turns]):
+            if not (isinstance(turns, list) and isinstance(samples, list) and samples):
+                raise BenchError(
+                    f"{where}: steady_s[{launch}][{turn}] is {_short(samples)}, no list of samples: measure again"
+                )
+    for process, first in enumerate(cell.get("cold", [])):
+        _require(first, {"first_s": int | float}, f"{where}: cold[{process}]")
 
 
 def _figures(cell: dict[str, Any]) -> Iterator[tuple[str, Any, int | None]]:
