@@ -191,9 +191,7 @@ def _counter_rows(cell: tuple[str, str], base: dict[str, int], head: dict[str, i
 def launches_of(cell: dict[str, Any], metric: str) -> list[list[float]]:
     """What a noisy metric compares, by launch: the medians of turns, or the one figure of a process."""
     if metric == "steady":
-        return [
-            [statistics.median(turn) for turn in launch if turn] for launch in cell["steady_s"] if any(launch)
-        ]
+        return [[statistics.median(turn) for turn in launch] for launch in cell["steady_s"]]
     if metric == "cold":
         return [[first["first_s"]] for first in cell["cold"]]
     return [[peak] for peak in cell["peak_bytes"]]

@@ -202,10 +202,13 @@ def slowed(runs: list[Run]) -> list[tuple[str, str]]:
 
 def _compact(run: Run) -> Run:
     """The run with each turn as its median, which is all that `compare` looks at."""
-    change = lambda cell: (
-        cell | {"steady_s": [[[m] for m in launch] for launch in launches_of(cell, "steady")]}
-    )
-    return {side: _map_cells(results, lambda *_, cell: change(cell)) for side, results in run.items()}
+    return {side: _map_cells(results, lambda *_, cell: _compact_cell(cell)) for side, results in run.items()}
+
+
+def _compact_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    if cell["status"] != "ok":
+        return cell
+    return cell | {"steady_s": [[[median] for median in launch] for launch in launches_of(cell, "steady")]}
 
 
 def _map_cells(results: dict[str, Any], change: Callable[..., dict[str, Any]]) -> dict[str, Any]:
