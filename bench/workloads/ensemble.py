@@ -27,7 +27,7 @@ def build_trained(generator: torch.Generator) -> nn.Module:
     """A model with numbers of its own."""
     model = build_model().to_empty(device="cpu").requires_grad_(False)
     for p in model.parameters():
-        p.copy_(weight(generator, *p.shape) if p.ndim > 1 else 0.1 * weight(generator, *p.shape))
+        p.copy_(weight(generator, *p.shape))
     return model
 
 

@@ -14,10 +14,10 @@ from .nets import Params, mlp, mlp_params
 SIZES = (64, 64, 10)
 
 
-def make_inputs(**batch: int) -> tuple:
-    """Parameters of the net and one point [64], or points [n, 64] where a batch size is given."""
+def make_inputs(**points: int) -> tuple:
+    """Parameters of the net and one point [64], or [points, 64]."""
     generator = torch.Generator().manual_seed(0)
-    return mlp_params(SIZES, generator), torch.randn(*batch.values(), SIZES[0], generator=generator)
+    return mlp_params(SIZES, generator), torch.randn(*points.values(), SIZES[0], generator=generator)
 
 
 def net(params: Params, x: Tensor) -> Tensor:
@@ -44,5 +44,5 @@ def make_hessian(api: Any) -> Callable[..., Tensor]:
 
 @workload("hessb64", inputs=make_inputs, jax="fxfunc.bench.workloads.in_jax:hessian_batch", points=64)
 def make_hessian_batch(api: Any, *, points: int) -> Callable[..., Tensor]:
-    """The Hessian at each point, [points, 64, 64]."""
-    return api.vmap(make_hessian(api), in_dims=(None, 0))
+    """The Hessians of all outputs at each point, [points, 10, 64, 64]."""
+    return api.vmap(api.hessian(net, argnums=1), in_dims=(None, 0))

@@ -1,4 +1,4 @@
-"""`maml25`, `maml1000`: second-order MAML on sinusoids (Finn et al. 2017)."""
+"""`maml25`, `maml1000`: second-order MAML on sinusoids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..workload import workload
+from .meta import meta_gradient
 from .nets import Params, mlp, mlp_params
 
 SIZES = (1, 40, 40, 1)
@@ -33,21 +34,16 @@ def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return mse_loss(mlp(params, x, torch.relu), y)
 
 
-_workload = {"inputs": make_inputs, "jax": "fxfunc.bench.workloads.in_jax:maml", "steps": 5}
-
-
-@workload("maml25", tasks=25, **_workload)
-@workload("maml1000", tasks=1000, **_workload)
 def make_meta_step(api: Any, *, tasks: int, steps: int) -> Callable[..., tuple[Params, Tensor]]:
     """The gradient of the mean query loss after `steps` inner steps, and that loss."""
+    return meta_gradient(api, loss, steps, INNER_LR)
 
-    def task_loss(params: Params, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
-        for _ in range(steps):
-            grads = api.grad(loss)(params, xs, ys)
-            params = {name: p - INNER_LR * grads[name] for name, p in params.items()}
-        return loss(params, xq, yq)
 
-    def mean_loss(params: Params, *task_data: Tensor) -> Tensor:
-        return api.vmap(task_loss, in_dims=(None, 0, 0, 0, 0))(params, *task_data).mean()
-
-    return api.grad_and_value(mean_loss)
+for _tasks in (25, 1000):
+    workload(
+        f"maml{_tasks}",
+        inputs=make_inputs,
+        jax="fxfunc.bench.workloads.in_jax:maml",
+        tasks=_tasks,
+        steps=5,
+    )(make_meta_step)

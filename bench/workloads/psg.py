@@ -47,13 +47,16 @@ def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(logits(params, x[None]), y[None])
 
 
-_workload = {"inputs": make_inputs, "jax": "fxfunc.bench.workloads.in_jax:psg", "batch": 64}
-
-
-@workload("psg8", size=8, **_workload)
 def make_gradients(api: Any, *, batch: int, size: int) -> Callable[..., Params]:
     """The gradients of each image's loss: every parameter's shape after [batch]."""
     return api.vmap(api.grad(loss), in_dims=(None, 0, 0))
 
 
-workload("psg28", size=28, **_workload)(make_gradients)
+for _size in (8, 28):
+    workload(
+        f"psg{_size}",
+        inputs=make_inputs,
+        jax="fxfunc.bench.workloads.in_jax:psg",
+        batch=64,
+        size=_size,
+    )(make_gradients)
