@@ -160,7 +160,7 @@ def _graph_flops(graph: Graph) -> int:
 
 def _node_flops(node: Node) -> int:
     """A region's are its first body's, as often as that runs (a derivative or transpose that it holds is not run)."""
-    times = node.kwargs["length"] if node.target in (map_, scan) else 1
+    times: Any = node.kwargs["length"] if node.target in (map_, scan) else 1
     body = next(subgraphs(node), None)
     kwargs = {name: substitute(value, _meta) for name, value in node.kwargs.items()}
     inside = _graph_flops(body) if body else 0
