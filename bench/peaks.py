@@ -19,7 +19,8 @@ def measure(device: str, threads: int) -> dict[str, float]:
 
     torch.mm of square matrices, and the triad c = a + 2 b over arrays of at least four times the last-level cache, counted as
     three arrays' bytes (McCalpin, "Memory Bandwidth and Machine Balance in Current High Performance Computers", 1995; like
-    there, the read of c that a write may cost a CPU is not counted). Takes under 3 s; the thread count is as before afterwards.
+    there, the read of c that a write may cost a CPU is not counted). Takes
+    under 3 s on an idle machine, which it wants; the thread count is as before afterwards.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
