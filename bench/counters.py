@@ -1,8 +1,9 @@
 """Exact counts of what a program does. Entry points: `Counter` and `count` (what ran), `graph_counts` (what a graph
 says), `least` (the traffic that no implementation can avoid).
 
-A flop is counted by torch's own formulas (`torch.utils.flop_counter`) and those of `ADDED`: products and convolutions, two
-a multiply-add, nothing else. A byte is counted where an ATen call reads or writes memory, as if no cache were between two calls.
+A flop is counted by torch's own formulas (`torch.utils.flop_counter`) and those of `AMENDED`: products and convolutions,
+two a multiply-add, nothing else. A byte is counted where an ATen call reads or writes memory, as if no cache were between
+two calls.
 """
 
 from __future__ import annotations
@@ -16,14 +17,31 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import (
+    conv_backward_flop,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from fxfunc.passes.graph import Graph, Val, map_, scan, subgraphs, substitute
 
 aten = torch.ops.aten
 
-# What torch's table leaves out: products with a vector, and the fused attention of CPUs. From shapes, as torch's formulas.
-ADDED = {
+
+def _convolution_backward(*shapes: Any, out_shape: Any, **options: Any) -> int:
+    """Torch's count, but with the weight's gradient divided by the groups, which torch forgets."""
+    *most, groups, (wants_input, wants_weight, _) = shapes
+    formula: Callable[..., int] = conv_backward_flop
+    of_input = formula(*most, groups, (wants_input, False, False), out_val=out_shape)
+    of_weight = formula(*most, groups, (False, wants_weight, False), out_val=out_shape)
+    return of_input + of_weight // groups
+
+
+# What torch's table leaves out (products with a vector, the fused attention of CPUs) or gets wrong, from shapes like its own.
+AMENDED = {
+    aten.convolution_backward: _convolution_backward,
     aten.mv: lambda a, *rest, **options: 2 * math.prod(a),
     aten.addmv: lambda c, a, *rest, **options: 2 * math.prod(a),
     aten.dot: lambda a, *rest, **options: 2 * math.prod(a),
@@ -33,7 +51,7 @@ ADDED = {
         sdpa_backward_flop_count(*shapes[:4])
     ),
 }
-FLOPS = flop_registry | {op: shape_wrapper(formula) for op, formula in ADDED.items()}
+FLOPS = flop_registry | {op: shape_wrapper(formula) for op, formula in AMENDED.items()}
 
 _ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 _READERS = {aten._local_scalar_dense, aten.equal}  # what they give is no tensor
@@ -45,7 +63,7 @@ class Counter(TorchDispatchMode):
     """Counts the ATen calls made inside `with Counter() as counter`, below autograd and torch.func's transforms.
 
     `.ops`: calls that move data; views, metadata and bare allocations are none. `.flops`: as FlopCounterMode gives
-    with `custom_mapping=ADDED`. `.bytes`: for each op the operands it reads and the results it writes, each whole (a gather
+    with `custom_mapping=AMENDED`. `.bytes`: for each op the operands it reads and the results it writes, each whole (a gather
     counts its whole source), a place that two operands share once, an expanded tensor by what it repeats.
     """
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxfunc
 from fxfunc.bench import peaks
-from fxfunc.bench.counters import ADDED, count, graph_counts, least, touched
+from fxfunc.bench.counters import AMENDED, count, graph_counts, least, touched
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_flops_are_those_of_flop_counter_mode(name):
-    with FlopCounterMode(display=False, custom_mapping=ADDED) as reference:
+    with FlopCounterMode(display=False, custom_mapping=AMENDED) as reference:
         PROGRAMS[name]()
     assert count(PROGRAMS[name])["flops"] == reference.get_total_flops() > 0
 
@@ -114,6 +114,33 @@ def test_flops_of_attention_by_hand():
     assert count(run_attention, False)["flops"] == 2 * 3 * (2 * one_product)
     # backward: the scores again, then the gradients of values, probabilities, queries and keys
     assert count(run_attention)["flops"] == 2 * 3 * ((2 + 5) * one_product)
+
+
+def test_flops_of_grouped_convolutions_by_hand():
+    """FlopCounterMode lets every group see all channels in the weight's gradient: `groups` times too many."""
+    # two a multiply-add: places of the output, its channels, channels of a group, kernel
+    once = 2 * (2 * 5 * 5) * 6 * 2 * (3 * 3)
+
+    def run():
+        x, w = random(2, 4, 9, 9, needs_grad=True), random(6, 2, 3, 3, needs_grad=True)
+        conv2d(x, w, stride=2, padding=1, groups=2).sum().backward()
+
+    assert count(run)["flops"] == 3 * once
+    per_sample = vmap(grad(lambda w, x: conv2d(x[None], w).square().sum()), (None, 0))
+    one = 2 * (4 * 4) * 3 * 2 * (3 * 3)
+    assert count(per_sample, random(3, 2, 3, 3), random(64, 2, 6, 6))["flops"] == 64 * 2 * one
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "bmm", "addmm, baddbmm", "einsum", "maml", "convolutions without groups"]
+)
+def test_without_what_is_amended_flops_are_those_of_flop_counter_mode_as_it_is(name):
+    call = PROGRAMS.get(name) or (
+        lambda: conv2d(random(2, 4, 9, 9, needs_grad=True), random(6, 4, 3, 3)).sum().backward()
+    )
+    with FlopCounterMode(display=False) as reference:
+        call()
+    assert count(call)["flops"] == reference.get_total_flops() > 0
 
 
 # ----- ops and bytes by hand ------------------------------------------------------------------------------------------
