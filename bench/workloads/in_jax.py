@@ -31,6 +31,15 @@ def convolve(jax: Any, x: Array, kernel: Array, bias: Array) -> Array:
     return jax.lax.conv(x, kernel, (1, 1), "VALID") + bias[:, None, None]
 
 
+def convolve_patches(jax: Any, x: Array, kernel: Array, bias: Array) -> Array:
+    """The same as one product with the nine shifted images: over kernels that differ by task XLA's CPU convolution is slow."""
+    n, channels, height, width = x.shape
+    shifts = [x[:, :, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
+    patches = jax.numpy.stack(shifts, axis=2)
+    flat = kernel.reshape(len(kernel), channels, 9)
+    return jax.numpy.einsum("ncshw,ocs->nohw", patches, flat) + bias[:, None, None]
+
+
 def max_pool(jax: Any, x: Array) -> Array:
     """2x2, an odd row and column left out."""
     window = (1, 1, 2, 2)
@@ -95,7 +104,7 @@ def digits_cnn(jax: Any, *, tasks: int, steps: int) -> Callable[..., Any]:
     """`digits-cnn`."""
 
     def loss(params: Params, x: Array, y: Array) -> Array:
-        x = max_pool(jax, jax.nn.relu(convolve(jax, x, params["conv"], params["conv_bias"])))
+        x = max_pool(jax, jax.nn.relu(convolve_patches(jax, x, params["conv"], params["conv_bias"])))
         return cross_entropy(jax, x.reshape(len(x), -1) @ params["out"].T + params["out_bias"], y)
 
     return meta_gradient(jax, loss, steps, 0.1)
