@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,16 +222,17 @@ def chosen_implementations(options: argparse.Namespace) -> list:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raises BenchError now rather than after an hour."""
-    if path is not None and (path.is_dir() or not os.access(nearest(path.parent), os.W_OK)):
-        raise BenchError(f"--out {path}: cannot be written; name a file in a folder of yours")
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    """Raises BenchError now rather than after half an hour."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise BenchError(f"--out {path}: {problem.strerror}; name a file in a folder of yours") from problem
+    if path.is_dir():
+        raise BenchError(f"--out {path}: a folder; name a file")
 
 
 def print_names(workloads: list, implementations: list) -> int:

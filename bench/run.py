@@ -16,7 +16,7 @@ from typing import Any
 
 from . import records
 from .implementations import IMPLEMENTATIONS, TORCH, Implementation
-from .processes import WorkerFailed
+from .processes import STARTUP_S, WorkerFailed
 from .progress import Progress
 from .runner import Hosts, Launch, Options, absent, empty_cell
 from .steady import Player
@@ -122,8 +122,8 @@ class Run:
         any_workload = find(names()[0])
         launch = Launch(any_workload, self.options, self.folder / "machine")
         worker = self.hosts.of(TORCH).start(launch.job("torch.func"))
-        self.results["peaks"] = worker.ask("measure_peaks", self.options.limit_s)
-        self.results["overhead_s"] = worker.ask("overhead", self.options.limit_s, calls=20_000)
+        self.results["peaks"] = worker.ask("measure_peaks", STARTUP_S)
+        self.results["overhead_s"] = worker.ask("overhead", STARTUP_S, calls=20_000)
         worker.stop()
 
     def workload(self, workload: Workload) -> None:
@@ -204,11 +204,13 @@ class Run:
             self._from_start(launch, player, implementation)
 
     def _from_start(self, launch: Launch, player: Player, implementation: Implementation) -> None:
-        host, first = self.hosts.of(implementation.least_imports), player.cell["cold"][0]
-        if host is self.hosts.of(implementation.imports) or implementation.slow_to_compile:
-            first["from_start_s"] = sum(host.imports_s.values()) + first["first_s"]
+        """In a process with the least imports, unless all are needed anyway."""
+        first = player.cell["cold"][0]
+        if implementation.slow_to_compile or implementation.least_imports == implementation.imports:
+            seconds = self.hosts.of(implementation.imports).imports_s
+            first["from_start_s"] = first["first_s"] + sum(map(seconds.get, implementation.least_imports))
         else:
-            first["from_start_s"] = launch.from_start(player, host)
+            first["from_start_s"] = launch.from_start(player, self.hosts.of(implementation.least_imports))
 
 
 def pending(entry: dict[str, Any]) -> list[str]:
