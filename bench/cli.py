@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import BenchError
 
 INTERRUPTED = 130
+LAUNCHES = 5
 QUICK = {"steady_s": 0.3, "least_rounds": 3, "cold_rounds": 1, "from_start": False}
 
 
@@ -93,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("folder", type=Path, metavar="DIR")
     simulate.add_argument("--tables", type=positive(int), default=100)
-    simulate.add_argument("--launches", type=positive(int), default=3)
+    simulate.add_argument("--launches", type=positive(int), default=LAUNCHES)
     readme = commands.add_parser("readme", help="write README's table from a committed results file")
     readme.add_argument("results", type=Path)
     return parser
@@ -192,7 +193,7 @@ def measuring(options: argparse.Namespace):
     """The options of a measurement."""
     from .runner import Options
 
-    shorter = QUICK if options.quick else {"steady_s": 1.0} if options.command == "compare" else {}
+    shorter = QUICK if options.quick else {"steady_s": 1.0} if options.command != "run" else {}
     return Options(
         device=options.device,
         threads=options.threads,

@@ -74,29 +74,8 @@ def root_mean_square(values: list[float]) -> float:
     return math.sqrt(statistics.fmean(value * value for value in values))
 
 
-@functools.lru_cache(maxsize=1024)
 def t_quantile(tail: float, freedom: float) -> float:
-    """What Student's t exceeds with probability `tail` < 1/2 (the normal, for infinite degrees of freedom)."""
-    if math.isinf(freedom):
-        return -statistics.NormalDist().inv_cdf(tail)
-    low, high = 0.0, 1.0
-    while _t_tail(high, freedom) > tail:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_tail(middle, freedom) > tail else (low, middle)
-    return (low + high) / 2
+    """What Student's t exceeds with probability `tail` (the normal, for infinite degrees of freedom)."""
+    from scipy import special
 
-
-def _t_tail(t: float, freedom: float) -> float:
-    """P(T > t): with t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1) over its integral."""
-    nodes, weights = _gauss()
-    start = math.atan(t / math.sqrt(freedom))
-    half = (math.pi / 2 - start) / 2
-    integral = half * float(weights @ np.cos(start + half * (nodes + 1)) ** (freedom - 1))
-    return integral * math.gamma((freedom + 1) / 2) / (math.sqrt(math.pi) * math.gamma(freedom / 2))
-
-
-@functools.cache
-def _gauss() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(100)
+    return -float(special.ndtri(tail) if math.isinf(freedom) else special.stdtrit(freedom, tail))

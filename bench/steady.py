@@ -12,6 +12,7 @@ from .processes import Worker, WorkerFailed
 
 TURN_S = 0.03  # long enough that a switch of processes does not matter
 MOST_CALLS = 500
+SLOW_S = 0.25  # one call is warming up enough
 SPIN_S = 0.01  # shorter calls than this notice the threads of the process before, which spin for a while
 
 
@@ -50,22 +51,26 @@ class Player:
 
 def calibrate(player: Player, limit_s: float) -> None:
     """Chooses the calls of a turn, after warming up."""
-    samples = player.worker.ask("turn", limit_s, calls=2, discard=1)
-    if min(samples) < TURN_S:
-        samples = player.worker.ask("turn", limit_s, calls=max(3, int(TURN_S / min(samples) / 4)), discard=0)
-    seconds = statistics.median(samples)
+    ask = lambda calls: statistics.median(player.worker.ask("turn", limit_s, calls=calls, discard=0))
+    seconds = ask(1)
+    if seconds < SLOW_S:
+        seconds = ask(max(2, min(MOST_CALLS, int(TURN_S / ask(2)))))
     player.calls = max(1, min(MOST_CALLS, round(TURN_S / seconds)))
     player.discard = int(seconds < SPIN_S)
 
 
 def take_turns(players: list[Player], budget_s: float, least_rounds: int, limit_s: float) -> None:
-    """Rounds of one turn each, in alternating order, for `budget_s` seconds a player and at least `least_rounds`."""
+    """Rounds of one turn each, in alternating order, for `budget_s` seconds a player.
+
+    There are at least `least_rounds`, or two where these would take longer than five times the budget.
+    """
     for player in players:
         player.attempt(lambda p=player: calibrate(p, limit_s))
     start = time.perf_counter()
     rounds = 0
     while playing := [p for p in players if p.worker is not None]:
-        if rounds >= least_rounds and time.perf_counter() - start > budget_s * len(playing):
+        over = (time.perf_counter() - start) / (budget_s * len(playing))
+        if rounds >= least_rounds and over > 1 or rounds >= 2 and over > 5:
             return
         for player in playing if rounds % 2 == 0 else reversed(playing):
             player.attempt(lambda p=player: p.turns.append(_turn(p, limit_s)))

@@ -65,7 +65,9 @@ def workload(
 
     def register(make: Callable) -> Callable:
         if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in _REGISTRY:
-            raise BenchError(f"workload {name!r}: names are letters, digits, '.', '_' and '-', each used once")
+            raise BenchError(
+                f"workload {name!r}: names are letters, digits, '.', '_' and '-', each used once"
+            )
         _REGISTRY[name] = Workload(name, make, inputs, parameters, jax, drive, reference)
         return make
 
