@@ -27,12 +27,10 @@ def cross_entropy(jax: Any, logits: Array, labels: Array) -> Array:
 
 
 def convolve(jax: Any, x: Array, kernel: Array, bias: Array) -> Array:
-    """3x3 without padding, channels first."""
-    return jax.lax.conv(x, kernel, (1, 1), "VALID") + bias[:, None, None]
+    """3x3 without padding, channels first, as one product with nine shifted images.
 
-
-def convolve_patches(jax: Any, x: Array, kernel: Array, bias: Array) -> Array:
-    """The same as one product with the nine shifted images: over kernels that differ by task XLA's CPU convolution is slow."""
+    By jax.lax.conv the workloads take 1.5 to 14 times as long on a CPU: kernels under vmap become grouped convolutions.
+    """
     n, channels, height, width = x.shape
     shifts = [x[:, :, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
     patches = jax.numpy.stack(shifts, axis=2)
@@ -104,7 +102,7 @@ def digits_cnn(jax: Any, *, tasks: int, steps: int) -> Callable[..., Any]:
     """`digits-cnn`."""
 
     def loss(params: Params, x: Array, y: Array) -> Array:
-        x = max_pool(jax, jax.nn.relu(convolve_patches(jax, x, params["conv"], params["conv_bias"])))
+        x = max_pool(jax, jax.nn.relu(convolve(jax, x, params["conv"], params["conv_bias"])))
         return cross_entropy(jax, x.reshape(len(x), -1) @ params["out"].T + params["out_bias"], y)
 
     return meta_gradient(jax, loss, steps, 0.1)

@@ -19,6 +19,7 @@ WIDTH = 64
 SIDE = 28
 INNER_LR = 0.1
 NOISE = 0.1  # no two pixels alike: maxima that tie have no one gradient
+SEED = 2  # with some others a pixel of a late layer is so near a kink that float32 falls on the other side
 
 
 def build_net() -> nn.Module:
@@ -52,7 +53,7 @@ def enlarge(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def make_inputs(*, tasks: int, steps: int) -> tuple:
     """Parameters of the net, and images [tasks, n, 1, 28, 28] and labels [tasks, n] for support and query."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     params = {name: initial(name, p, generator) for name, p in build_net().named_parameters()}
     xs, ys, xq, yq = sample_tasks(tasks)
     return params, enlarge(xs, generator), ys, enlarge(xq, generator), yq
