@@ -206,7 +206,7 @@ def measuring(options: argparse.Namespace):
 
 def chosen_workloads(options: argparse.Namespace) -> list:
     """Those named, or all."""
-    from .workload import find, names, register_file
+    from .registry import find, names, register_file
 
     for file in options.file:
         register_file(file)

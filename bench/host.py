@@ -63,7 +63,7 @@ def main(descriptor: str, modules: list[str], files: list[str]) -> None:
     adopt_bench()
     sys.path += sorted({str(Path(file).parent) for file in files})
     if "torch" in modules:
-        from fxfunc.bench.workload import names, register_file
+        from fxfunc.bench.registry import names, register_file
 
         names()
         for file in files:

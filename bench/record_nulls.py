@@ -11,7 +11,7 @@ from . import nulls
 from .revisions import BACKENDS, Duel, checkout, commit_of
 from .run import blank, describe, interruptible
 from .runner import Options
-from .workload import Workload
+from .registry import Workload
 
 SLOWED = ("maml25", "psg8", "lap")
 EXTRA_WORK = 0.10  # of a call's time
@@ -36,7 +36,9 @@ def record(folder: Path, runs: int, workloads: list[Workload], options: Options,
             nulls.write(path, one(pythons, workloads, options, command))
 
 
-def one(pythons: dict[str, str], workloads: list[Workload], options: Options, command: list[str]) -> nulls.Run:
+def one(
+    pythons: dict[str, str], workloads: list[Workload], options: Options, command: list[str]
+) -> nulls.Run:
     """The sides of one null run."""
     results = {side: describe(command, options) for side in nulls.SIDES}
     for side, each in results.items():

@@ -20,7 +20,7 @@ from .progress import Progress
 from .run import ROOT, blank, describe, interruptible
 from .runner import Hosts, Launch, Options
 from .steady import Player
-from .workload import Workload, find
+from .registry import Workload, find
 
 WORKING_TREE = "."
 BACKENDS = [IMPLEMENTATIONS[name] for name in OURS]

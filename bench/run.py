@@ -20,10 +20,11 @@ from .processes import STARTUP_S, WorkerFailed
 from .progress import Progress
 from .runner import Hosts, Launch, Options, absent, empty_cell
 from .steady import Player
-from .workload import Workload, find, names
+from .registry import Workload, find, names
 
 ROOT = Path(__file__).parent.parent
 SHORT_COLD_S = 8.0  # a first call that takes longer is measured once
+BUSY = 0.4  # load average a thread; OpenMP's waits are the first to suffer
 SLOW_COST_S, USUAL_COST_S = 60.0, 9.0  # a cell, for the estimate of what is left
 
 
@@ -118,6 +119,9 @@ class Run:
 
     def machine(self) -> None:
         """What the machine can do, and what measuring costs."""
+        busy = os.getloadavg()[0]
+        if busy > BUSY * self.options.threads:
+            print(f"this machine is busy (load average {busy:.1f}): figures will be poor", file=sys.stderr)
         self.progress.say("imports, and the machine's peaks")
         any_workload = find(names()[0])
         launch = Launch(any_workload, self.options, self.folder / "machine")

@@ -9,7 +9,7 @@ from typing import Any
 
 from .processes import Host, WorkerFailed
 from .steady import Player, take_turns
-from .workload import Workload
+from .registry import Workload
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class TorchSide:
     ):
         import torch
 
-        from .workload import find
+        from .registry import find
 
         torch.set_num_threads(threads)
         self.device, self.threads, self.workload = device, threads, find(workload)

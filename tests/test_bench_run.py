@@ -14,7 +14,7 @@ import pytest
 from fxfunc.bench import cli, host, processes, records, run, runner, steady, worker
 from fxfunc.bench import implementations as impl
 from fxfunc.bench.errors import BenchError
-from fxfunc.bench.workload import find, register_file
+from fxfunc.bench.registry import find, register_file
 
 MIB = 2**20
 WORKLOADS = """
@@ -322,8 +322,6 @@ def test_a_host_that_cannot_import_says_what(tmp_path):
 
 def test_the_bench_measures_an_installation_that_has_no_bench():
     code = f"import runpy, sys; sys.path.pop(0); m = runpy.run_path({host.__file__!r}, run_name='host'); m['adopt_bench']()"
-    code += (
-        "; from fxfunc.bench import errors; print('fxfunc' in sys.modules, sys.modules['fxfunc.bench'].__path__)"
-    )
+    code += "; from fxfunc.bench import errors; print('fxfunc' in sys.modules, sys.modules['fxfunc.bench'].__path__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == f"False ['{os.path.dirname(host.__file__)}']\n"

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fxfunc
 from fxfunc.bench import BenchError, workload
-from fxfunc.bench.workload import find, names, register_file
+from fxfunc.bench.registry import find, names, register_file
 
 SMALL = [
     "maml25[tasks=3,steps=1]",

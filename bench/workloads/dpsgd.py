@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 
-from ..workload import workload
+from ..registry import workload
 from .nets import Params, mlp, mlp_params, weight
 
 MLP_SIZES = (784, 256, 256, 10)

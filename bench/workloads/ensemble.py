@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..workload import workload
+from ..registry import workload
 from .nets import Params, weight
 
 BATCH = 64

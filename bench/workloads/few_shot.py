@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, cross_entropy, linear, max_pool2d
 
 from .. import digits
 from ..errors import BenchError
-from ..workload import workload
+from ..registry import workload
 from .meta import meta_gradient
 from .nets import Params, weight
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..workload import workload
+from ..registry import workload
 from .nets import Params, mlp, mlp_params
 
 SIZES = (50, 64, 64, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from ..workload import workload
+from ..registry import workload
 from .nets import Params, mlp, mlp_params
 
 SIZES = (1, 16, 16, 16, 16, 1)

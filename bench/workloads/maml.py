@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from ..workload import workload
+from ..registry import workload
 from .meta import meta_gradient
 from .nets import Params, mlp, mlp_params
 

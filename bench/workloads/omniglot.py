@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ..digits import WAYS
-from ..workload import workload
+from ..registry import workload
 from .few_shot import sample_tasks
 from .meta import adapt, task_losses
 from .nets import Params, weight

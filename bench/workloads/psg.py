@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, linear, max_pool2d
 
-from ..workload import workload
+from ..registry import workload
 from .nets import Params, weight
 
 CLASSES = 10
