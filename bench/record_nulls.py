@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 from . import nulls
+from .registry import Workload
 from .revisions import BACKENDS, Duel, checkout, commit_of
 from .run import blank, describe, interruptible
 from .runner import Options
-from .registry import Workload
 
 SLOWED = ("maml25", "psg8", "lap")
 EXTRA_WORK = 0.10  # of a call's time

@@ -17,10 +17,10 @@ from .errors import BenchError
 from .implementations import IMPLEMENTATIONS, OURS, TORCH
 from .processes import Host, WorkerFailed
 from .progress import Progress
+from .registry import Workload, find
 from .run import ROOT, blank, describe, interruptible
 from .runner import Hosts, Launch, Options
 from .steady import Player
-from .registry import Workload, find
 
 WORKING_TREE = "."
 BACKENDS = [IMPLEMENTATIONS[name] for name in OURS]

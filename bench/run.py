@@ -18,9 +18,9 @@ from . import records
 from .implementations import IMPLEMENTATIONS, TORCH, Implementation
 from .processes import STARTUP_S, WorkerFailed
 from .progress import Progress
+from .registry import Workload, find, names
 from .runner import Hosts, Launch, Options, absent, empty_cell
 from .steady import Player
-from .registry import Workload, find, names
 
 ROOT = Path(__file__).parent.parent
 SHORT_COLD_S = 8.0  # a first call that takes longer is measured once

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .processes import Host, WorkerFailed
-from .steady import Player, take_turns
 from .registry import Workload
+from .steady import Player, take_turns
 
 
 @dataclasses.dataclass(frozen=True)
