@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fxfunc
 from fxfunc.bench import BenchError, workload
+from fxfunc.bench import registry as registry_module
 from fxfunc.bench.registry import find, names, register_file
 
 SMALL = [
@@ -166,8 +167,7 @@ print({{"torch", "fxfunc", "jax"}} & set(sys.modules))
 def registry(monkeypatch):
     """What a test registers is gone after it."""
     names()
-    module = sys.modules["fxfunc.bench.workload"]  # the package's attribute of that name is the decorator
-    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
+    monkeypatch.setattr(registry_module, "_REGISTRY", dict(registry_module._REGISTRY))
 
 
 def powers(*, n, k):
