@@ -13,6 +13,11 @@ from .errors import BenchError
 
 INTERRUPTED = 130
 LAUNCHES = 5
+QUICK_SIZES = {
+    "maml1000": "maml1000[tasks=250]",
+    "psg28": "psg28[batch=16]",
+    "omniglot": "omniglot[tasks=1,steps=1]",
+}
 QUICK = {"steady_s": 0.3, "least_rounds": 3, "cold_rounds": 1, "from_start": False}
 
 
@@ -193,7 +198,7 @@ def measuring(options: argparse.Namespace):
     """The options of a measurement."""
     from .runner import Options
 
-    shorter = QUICK if options.quick else {"steady_s": 1.0} if options.command != "run" else {}
+    shorter = QUICK if options.quick else {"steady_s": 0.6} if options.command != "run" else {}
     return Options(
         device=options.device,
         threads=options.threads,
@@ -211,7 +216,8 @@ def chosen_workloads(options: argparse.Namespace) -> list:
     for file in options.file:
         register_file(file)
     scaling = SCALING if getattr(options, "scaling", False) else ()
-    return [find(name) for name in options.workload or scaling or names()]
+    default = [QUICK_SIZES.get(name, name) if options.quick else name for name in names()]
+    return [find(name) for name in options.workload or scaling or default]
 
 
 def chosen_implementations(options: argparse.Namespace) -> list:
@@ -219,7 +225,8 @@ def chosen_implementations(options: argparse.Namespace) -> list:
     from .implementations import IMPLEMENTATIONS, find
 
     chosen = [find(name) for name in options.impl or IMPLEMENTATIONS]
-    return [each for each in chosen if not (options.no_compilers and each.slow_to_compile)]
+    skip = options.no_compilers or (options.quick and not options.impl)
+    return [each for each in chosen if not (skip and each.slow_to_compile)]
 
 
 def check_writable(path: Path | None) -> None:

@@ -28,10 +28,14 @@ def make_imports(modules: list[str]) -> dict[str, float]:
 
 def adopt_bench() -> None:
     """Makes the folder of this file the package fxfunc.bench, without importing fxfunc where nobody asked for it."""
-    package = types.ModuleType("fxfunc.bench")
-    package.__path__ = [str(Path(__file__).parent)]
-    sys.modules["fxfunc.bench"] = package
+    package = _adopt("fxfunc.bench", Path(__file__).parent)
     exec(Path(__file__).with_name("__init__.py").read_text(), package.__dict__)
+
+
+def _adopt(name: str, folder: Path) -> types.ModuleType:
+    sys.modules[name] = package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    return package
 
 
 def serve(control: socket.socket, imports_s: dict[str, float]) -> None:
@@ -68,6 +72,10 @@ def main(descriptor: str, modules: list[str], files: list[str]) -> None:
         names()
         for file in files:
             register_file(Path(file))
+    else:
+        _adopt(
+            "fxfunc.bench.workloads", Path(__file__).parent / "workloads"
+        )  # what is in JAX, without the rest
     serve(socket.socket(fileno=int(descriptor)), imports_s)
 
 

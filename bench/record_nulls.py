@@ -11,7 +11,7 @@ from . import nulls
 from .registry import Workload
 from .revisions import BACKENDS, Duel, checkout, commit_of
 from .run import blank, describe, interruptible
-from .runner import Options
+from .runner import Launch, Options
 
 SLOWED = ("maml25", "psg8", "lap")
 EXTRA_WORK = 0.10  # of a call's time
@@ -43,8 +43,7 @@ def one(
     results = {side: describe(command, options) for side in nulls.SIDES}
     for side, each in results.items():
         each["run"] = results["base"]["run"]
-        measured = [w for w in workloads if side != "slow" or w.name in SLOWED]
-        each["workloads"] = {w.name: blank(w, BACKENDS, options.device) for w in measured}
-    with tempfile.TemporaryDirectory(prefix="fxfunc-bench-") as folder, interruptible():
-        Duel(options, Path(folder), pythons, results, {"slow": EXTRA_WORK}).measure(launches=1)
+        measured = [name for name in workloads if side != "slow" or name in SLOWED]
+        each["workloads"] = {name: blank(BACKENDS, options.device) for name in measured}
+    Duel(options, workloads, pythons, results, {"slow": EXTRA_WORK}).measure(launches=1)
     return results

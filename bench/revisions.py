@@ -17,7 +17,7 @@ from .errors import BenchError
 from .implementations import IMPLEMENTATIONS, OURS, TORCH
 from .processes import Host, WorkerFailed
 from .progress import Progress
-from .registry import Workload, find
+from .registry import Workload
 from .run import ROOT, blank, describe, interruptible
 from .runner import Hosts, Launch, Options
 from .steady import Player
@@ -94,36 +94,35 @@ def measure(
             results["revision"] = (
                 {"commit": commits[side], "dirty": False} if commits[side] else results["revision"]
             )
-            results["workloads"] = {w.name: blank(w, BACKENDS, options.device) for w in workloads}
-        Duel(options, folder, pythons, sides).measure(launches)
+            results["workloads"] = {w.name: blank(BACKENDS, options.device) for w in workloads}
+        own = {w.name: Launch(w, options, folder / w.name) for w in workloads}
+        Duel(options, own, pythons, sides).measure(launches)
     return sides
 
 
 class Duel:
-    """Sides that take turns: interpreters, results to fill (with blank entries) and extra work, by side."""
+    """Sides that take turns on workloads: interpreters, results to fill (with blank entries) and extra work, by side."""
 
     def __init__(
         self,
         options: Options,
-        folder: Path,
+        workloads: dict[str, Launch],
         pythons: dict[str, str],
         results: dict[str, dict[str, Any]],
         extra_work: dict[str, float] | None = None,
     ):
-        self.options, self.folder, self.pythons, self.results = options, folder, pythons, results
+        self.options, self.workloads, self.pythons, self.results = options, workloads, pythons, results
         self.extra_work = extra_work or {}
 
     def measure(self, launches: int) -> None:
         """Fills the results of all sides."""
-        names = dict.fromkeys(name for results in self.results.values() for name in results["workloads"])
-        own = {name: Launch(find(name), self.options, self.folder / name) for name in names}
-        progress, start = Progress(launches * len(own)), time.monotonic()
+        progress, start = Progress(launches * len(self.workloads)), time.monotonic()
         for number in range(launches):
             hosts = {side: Hosts(self.options, python) for side, python in self.pythons.items()}
             try:
                 for side in hosts.values():
                     side.of(TORCH)  # the imports of the sides overlap
-                for name, launch in own.items():
+                for name, launch in self.workloads.items():
                     progress.say(f"launch {number + 1}, {name}")
                     self._workload(launch, hosts, first=number == 0)
                     progress.advance(1, f"launch {number + 1} of {launches}, {name}")
@@ -138,8 +137,7 @@ class Duel:
     def _workload(self, launch: Launch, hosts: dict[str, Hosts], first: bool) -> None:
         name = launch.workload.name
         entries = {side: r["workloads"][name] for side, r in self.results.items() if name in r["workloads"]}
-        if first:
-            self._reference(launch, entries, hosts["head"].of(TORCH))
+        self._reference(launch, entries, hosts["head"].of(TORCH))
         players = [
             Player(side, name, cell)
             for side, entry in entries.items()

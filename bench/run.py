@@ -65,7 +65,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def blank(workload: Workload, chosen: list[Implementation], device: str) -> dict[str, Any]:
+def blank(chosen: list[Implementation], device: str) -> dict[str, Any]:
     """The entry of a workload before it is measured."""
     cells = {}
     for implementation in chosen:
@@ -84,7 +84,7 @@ def measure(
 ) -> dict[str, Any]:
     """Results of everything; `save` gets them after each workload. Ctrl-C ends it with what there is (`complete` is false)."""
     results = describe(command, options)
-    results["workloads"] = {w.name: blank(w, chosen, options.device) for w in workloads}
+    results["workloads"] = {w.name: blank(chosen, options.device) for w in workloads}
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fxfunc-bench-") as folder, interruptible():
         run = Run(options, Path(folder), results)
