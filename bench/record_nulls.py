@@ -29,15 +29,18 @@ def record(folder: Path, runs: int, workloads: list[Workload], options: Options,
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxfunc-bench-")))
             pythons[side] = stack.enter_context(checkout(commit_of("HEAD"), place))[1]
         pythons["slow"] = pythons["head"]
+        stack.enter_context(interruptible())
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxfunc-bench-")))
+        own = {w.name: Launch(w, options, place / w.name) for w in workloads}
         for _ in range(runs):
             taken = [int(path.stem) for path in folder.glob("[0-9]*.json")]
             path = folder / f"{max(taken, default=0) + 1:02}.json"
             print(f"null run {path.stem}", file=sys.stderr, flush=True)
-            nulls.write(path, one(pythons, workloads, options, command))
+            nulls.write(path, one(pythons, own, options, command))
 
 
 def one(
-    pythons: dict[str, str], workloads: list[Workload], options: Options, command: list[str]
+    pythons: dict[str, str], workloads: dict[str, Launch], options: Options, command: list[str]
 ) -> nulls.Run:
     """The sides of one null run."""
     results = {side: describe(command, options) for side in nulls.SIDES}
