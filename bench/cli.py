@@ -13,7 +13,7 @@ from .errors import BenchError
 
 INTERRUPTED = 130
 LAUNCHES = 5
-QUICK_SIZES = {
+SMALLER = {  # where a few minutes have to do: quick runs, and comparisons, which repeat everything
     "maml1000": "maml1000[tasks=250]",
     "psg28": "psg28[batch=16]",
     "omniglot": "omniglot[tasks=1,steps=1]",
@@ -216,7 +216,8 @@ def chosen_workloads(options: argparse.Namespace) -> list:
     for file in options.file:
         register_file(file)
     scaling = SCALING if getattr(options, "scaling", False) else ()
-    default = [QUICK_SIZES.get(name, name) if options.quick else name for name in names()]
+    smaller = options.quick or options.command != "run"
+    default = [SMALLER.get(name, name) if smaller else name for name in names()]
     return [find(name) for name in options.workload or scaling or default]
 
 
