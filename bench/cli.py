@@ -18,6 +18,7 @@ SMALLER = {  # where a few minutes have to do: quick runs, and comparisons, whic
     "psg28": "psg28[batch=16]",
     "omniglot": "omniglot[tasks=1,steps=1]",
 }
+COMPARING = {"steady_s": 0.5}
 QUICK = {"steady_s": 0.3, "least_rounds": 3, "cold_rounds": 1, "from_start": False}
 
 
@@ -36,7 +37,7 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return number
 
 
-def add_measuring(parser: argparse.ArgumentParser) -> None:
+def add_measuring(parser: argparse.ArgumentParser, threads: int) -> None:
     """Options that say what to measure, and how."""
     parser.add_argument(
         "--workload", action="append", metavar="NAME[key=value,...]", help="repeatable; default: all"
@@ -45,7 +46,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         "--file", action="append", type=Path, default=[], help="a Python file that registers workloads"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=positive(int), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=positive(int), default=threads, help="default: %(default)s")
     parser.add_argument(
         "--limit", type=positive(float), default=300.0, help="seconds that one answer of a cell may take"
     )
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fxfunc bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure workloads under implementations and print tables")
-    add_measuring(run)
+    add_measuring(run, threads=len(os.sched_getaffinity(0)))
     run.add_argument("--impl", action="append", metavar="NAME", help="repeatable; default: all")
     run.add_argument(
         "--no-compilers", action="store_true", help="without torch.compile and Inductor (10 minutes, not 30)"
@@ -86,14 +87,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="keep base.json and head.json of two revisions here"
     )
     compare.add_argument("--format", choices=["plain", "github"], default="plain")
-    add_measuring(compare)
+    add_measuring(compare, threads=1)  # two wait for each other, which is most of the noise
     plot = commands.add_parser("plot", help="draw a results file: PNG and SVG")
     plot.add_argument("results", type=Path)
     plot.add_argument("--out", type=Path, default=Path("bench-plots"), metavar="DIR")
     record = commands.add_parser("nulls", help="record null runs: this installation against itself")
     record.add_argument("folder", type=Path, metavar="DIR")
     record.add_argument("--runs", type=positive(int), default=1)
-    add_measuring(record)
+    add_measuring(record, threads=1)
     simulate = commands.add_parser(
         "simulate", help="false alarms and power of compare, from recorded null runs"
     )
@@ -198,12 +199,13 @@ def measuring(options: argparse.Namespace):
     """The options of a measurement."""
     from .runner import Options
 
-    shorter = QUICK if options.quick else {"steady_s": 0.6} if options.command != "run" else {}
+    shorter = QUICK if options.quick else {} if options.command == "run" else COMPARING
     return Options(
         device=options.device,
         threads=options.threads,
         limit_s=options.limit,
         quick=options.quick,
+        keep_memory=options.command != "run",
         files=tuple(options.file),
         **shorter,
     )

@@ -25,6 +25,16 @@ class WorkerFailed(Exception):
         self.status, self.reason = status, reason
 
 
+# glibc gives large blocks back when they are freed, and the kernel clears them anew: by the layout of a heap, always or never.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+
+
+def _environment(keep_memory: bool) -> dict[str, str]:
+    """That of this process, with bytecode, without which fxfunc is slow to import."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return environment | (KEEP_MEMORY if keep_memory else {})
+
+
 class Worker:
     """One implementation of one workload in a process of its own."""
 
@@ -61,7 +71,9 @@ class Worker:
 class Host:
     """A process that has imported `modules` (see host.py) under one interpreter, and so with one installation of fxfunc."""
 
-    def __init__(self, modules: tuple[str, ...], python: str, files: tuple[Path, ...] = ()):
+    def __init__(
+        self, modules: tuple[str, ...], python: str, files: tuple[Path, ...] = (), keep_memory: bool = False
+    ):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         script = Path(__file__).with_name("host.py")
         command = [python, "-P", str(script), str(theirs.fileno()), ",".join(modules), *map(str, files)]
@@ -75,7 +87,7 @@ class Host:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the process that measures
-                env={
+                env=_environment(keep_memory),
                     k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
                 },  # else fxfunc is slow to import
             )

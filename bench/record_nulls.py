@@ -48,5 +48,5 @@ def one(
         each["run"] = results["base"]["run"]
         measured = [name for name in workloads if side != "slow" or name in SLOWED]
         each["workloads"] = {name: blank(BACKENDS, options.device) for name in measured}
-    Duel(options, workloads, pythons, results, {"slow": EXTRA_WORK}).measure(launches=1)
+    Duel(options, workloads, pythons, results, {"slow": EXTRA_WORK}, counters=False).measure(launches=1)
     return results

@@ -110,9 +110,10 @@ class Duel:
         pythons: dict[str, str],
         results: dict[str, dict[str, Any]],
         extra_work: dict[str, float] | None = None,
+        counters: bool = True,
     ):
         self.options, self.workloads, self.pythons, self.results = options, workloads, pythons, results
-        self.extra_work = extra_work or {}
+        self.extra_work, self.counters = extra_work or {}, counters
 
     def measure(self, launches: int) -> None:
         """Fills the results of all sides."""
@@ -124,7 +125,7 @@ class Duel:
                     side.of(TORCH)  # the imports of the sides overlap
                 for name, launch in self.workloads.items():
                     progress.say(f"launch {number + 1}, {name}")
-                    self._workload(launch, hosts, first=number == 0)
+                    self._workload(launch, hosts, counters=self.counters and number == 0)
                     progress.advance(1, f"launch {number + 1} of {launches}, {name}")
             finally:
                 for side in hosts.values():
@@ -134,7 +135,7 @@ class Duel:
             results.update(complete=True, seconds=time.monotonic() - start)
             results["load_average"][1] = os.getloadavg()[0]
 
-    def _workload(self, launch: Launch, hosts: dict[str, Hosts], first: bool) -> None:
+    def _workload(self, launch: Launch, hosts: dict[str, Hosts], counters: bool) -> None:
         name = launch.workload.name
         entries = {side: r["workloads"][name] for side, r in self.results.items() if name in r["workloads"]}
         self._reference(launch, entries, hosts["head"].of(TORCH))
@@ -149,7 +150,7 @@ class Duel:
                 extra = self.extra_work.get(player.side, 0.0)
                 launch.open(player, hosts[player.side].of(TORCH), extra_work=extra)
             launch.steady(players)
-            if first:
+            if counters:
                 for player in players:
                     player.attempt(lambda p=player: count(p, self.options.limit_s))
         finally:

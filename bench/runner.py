@@ -14,7 +14,7 @@ from .steady import Player, take_turns
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure: seconds of steady calls a cell, processes for cold times, seconds a worker may take to answer."""
+    """How to measure: seconds of steady calls a cell, processes for cold times, seconds a worker may take to answer ..."""
 
     device: str = "cpu"
     threads: int = 1
@@ -24,6 +24,7 @@ class Options:
     limit_s: float = 300.0
     from_start: bool = True
     quick: bool = False
+    keep_memory: bool = False  # what is freed stays with the process: less noise, and not what users have
     files: tuple[Path, ...] = ()
 
 
@@ -36,7 +37,8 @@ class Hosts:
 
     def of(self, modules: tuple[str, ...]) -> Host:
         if modules not in self._hosts:
-            self._hosts[modules] = Host(modules, self._python, self._options.files)
+            options = self._options
+            self._hosts[modules] = Host(modules, self._python, options.files, options.keep_memory)
         return self._hosts[modules]
 
     def imports_s(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from .batch import lower
 from .dce import dce
 from .dump import saw
 from .graph import Graph
+from .orient import orient
 from .peephole import peephole
 from .record import rebuild
 from .simplify import SIMPLIFY
@@ -23,8 +24,8 @@ def lowered(graph: Graph) -> Graph:
 
 
 def for_aten(graph: Graph) -> Graph:
-    """A lowered graph for a backend that calls ATen op by op: neighbours joined into ops that do both."""
-    return saw("peephole", peephole(graph))
+    """A lowered graph for a backend that calls ATen op by op: no copies of products, neighbours joined into ops that do both."""
+    return saw("peephole", peephole(saw("orient", orient(graph))))
 
 
 def simplify(graph: Graph) -> Graph:

@@ -202,6 +202,14 @@ def _fits(declared: str, kind: str) -> bool:
     return kind not in ("value", "values", "list")
 
 
+# a op b and b op a are one call where both are tensors.
+COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+
+
+def _two_tensors(args) -> bool:
+    return len(args) == 2 and isinstance(args[0], Node) and isinstance(args[1], Node)
+
+
 class Builder:
     """Grows a graph. With `rewrites`, each call is first offered to the algebra (simplify.py) and equal calls are shared."""
 
@@ -225,7 +233,8 @@ class Builder:
         args, kwargs = _nodes(args), {k: _nodes(v) for k, v in kwargs.items()} if kwargs else {}
         key = None
         if self.rewrites is not None and not is_random(op, args):
-            key = (op, typed(args, _itself), typed(kwargs, _itself) if kwargs else ())
+            order = sorted(args, key=id) if op in COMMUTATIVE and _two_tensors(args) else args
+            key = (op, typed(tuple(order), _itself), typed(kwargs, _itself) if kwargs else ())
             if (found := self.shared.get(key)) is not None:
                 return found
         out = self._rewrite(op, args, kwargs, val) if self.rewrites is not None else None

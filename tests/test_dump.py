@@ -133,7 +133,7 @@ def dumped(tmp_path_factory):
 def test_a_dump_has_a_numbered_file_for_each_transform_and_pass(dumped):
     numbers, names = zip(*(name.split("-", 1) for name, _ in dumped), strict=True)
     assert [int(n) for n in numbers] == list(range(len(dumped)))
-    passes = "capture grad map dce lower peephole place fuse jvp jacfwd cut-primal cut-linear backward"
+    passes = "capture grad map dce lower orient peephole place fuse jvp jacfwd cut-primal cut-linear backward"
     assert {f"{name}.txt" for name in passes.split()} <= set(names)
     assert [n for n in names if n in ("grad.txt", "map.txt", "dce.txt", "lower.txt", "peephole.txt")][:5] == [
         "grad.txt", "map.txt", "dce.txt", "lower.txt", "peephole.txt",

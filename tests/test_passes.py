@@ -104,6 +104,15 @@ def test_semantics_23_numbers_of_different_types_are_different_calls():
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
+def test_a_call_with_its_operands_exchanged_is_the_same_call_where_that_commutes():
+    f = lambda a, b: (a * b + b * a, a + b, b + a, a - b, b - a)
+    a, b = torch.randn(3, dtype=torch.float64), torch.randn(2, 3)
+    left = ["mul.Tensor", *["add.Tensor"] * 2, *["sub.Tensor"] * 2]
+    assert sorted(ops(f, a, b)) == sorted(left)
+    for ours, theirs in zip(fxfunc.jit(f)(a, b), f(a, b), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "f,left",
     [
@@ -115,6 +124,24 @@ def test_semantics_23_numbers_of_different_types_are_different_calls():
 def test_peephole_joins_neighbours(f, left):
     assert ops(f, S, backend=for_aten) == left
     torch.testing.assert_close(fxfunc.jit(f)(S), f(S), rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "f, left",
+    [
+        (lambda a: (a.mT @ a.sin()).mT, ["sin.default", "permute.default", "mm.default"]),
+        (lambda a: (a @ a.sin()).mT, ["sin.default", *["permute.default"] * 2, "mm.default"]),
+        (lambda a: ((p := a @ a).mT, p), ["mm.default", "permute.default"]),
+        (lambda a: ((p := a @ a).mT, p.sin()), ["mm.default", "permute.default", "sin.default"]),
+    ],
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_product_that_is_read_transposed_is_made_so(f, left, batched):
+    f, x = (fxfunc.vmap(f), torch.randn(3, 4, 4, dtype=torch.float64)) if batched else (f, S)
+    assert sorted(ops(f, x, backend=for_aten)) == sorted(
+        op.replace("mm", "bmm") if batched else op for op in left
+    )
+    torch.testing.assert_close(fxfunc.jit(f)(x), f(x))
 
 
 def test_peephole_keeps_a_product_that_somebody_else_reads():
