@@ -19,7 +19,7 @@ SMALLER = {  # where a few minutes have to do: quick runs, and comparisons, whic
     "omniglot": "omniglot[tasks=1,steps=1]",
 }
 COMPARING = {"steady_s": 0.5}
-QUICK = {"steady_s": 0.3, "least_rounds": 3, "cold_rounds": 1, "from_start": False}
+QUICK = {"steady_s": 0.2, "least_rounds": 2, "cold_rounds": 1, "from_start": False}
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:

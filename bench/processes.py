@@ -88,8 +88,6 @@ class Host:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the process that measures
                 env=_environment(keep_memory),
-                    k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
-                },  # else fxfunc is slow to import
             )
         theirs.close()
         self._modules, self._workers = modules, 0

@@ -195,7 +195,9 @@ class Run:
         short = cell["cold"][0]["first_s"] < SHORT_COLD_S
         cold = launch.first_calls(player, host, self.options.cold_rounds - 1 if short else 0)
         cell["cold"] += [first | {"from_start_s": None} for first in cold]
-        if implementation.cache is None:
+        if self.options.quick:
+            cell["why"]["warm"] = "left out of a quick run"
+        elif implementation.cache is None:
             caches = launch.folder / f"warm-{player.implementation}"
             warm = launch.first_calls(player, host, 1, caches=caches)
             cell["warm_s"] = [first["first_s"] for first in warm]
