@@ -205,7 +205,7 @@ def measuring(options: argparse.Namespace):
         threads=options.threads,
         limit_s=options.limit,
         quick=options.quick,
-        keep_memory=options.command != "run",
+        fixed_heap=options.command != "run",
         files=tuple(options.file),
         **shorter,
     )

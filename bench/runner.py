@@ -24,7 +24,7 @@ class Options:
     limit_s: float = 300.0
     from_start: bool = True
     quick: bool = False
-    keep_memory: bool = False  # what is freed stays with the process: less noise, and not what users have
+    fixed_heap: bool = False  # less noise, and slower than what users have
     files: tuple[Path, ...] = ()
 
 
@@ -38,7 +38,7 @@ class Hosts:
     def of(self, modules: tuple[str, ...]) -> Host:
         if modules not in self._hosts:
             options = self._options
-            self._hosts[modules] = Host(modules, self._python, options.files, options.keep_memory)
+            self._hosts[modules] = Host(modules, self._python, options.files, options.fixed_heap)
         return self._hosts[modules]
 
     def imports_s(self) -> dict[str, float]:

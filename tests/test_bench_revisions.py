@@ -1,4 +1,4 @@
-"""What the committed measurements have to show, and a comparison of two revisions from end to end."""
+"""Comparing two revisions: their environments, and a comparison from end to end."""
 
 from __future__ import annotations
 
@@ -8,35 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fxfunc.bench import cli, nulls, records, revisions
-from fxfunc.bench.compare import MARGINS
+from fxfunc.bench import records, revisions
 from fxfunc.bench.errors import BenchError
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def runs():
-    return nulls.read_folder()
-
-
-def test_there_are_twenty_null_runs_of_processes_of_their_own(runs):
-    assert len(runs) >= 20
-    assert len({run["base"]["run"] for run in runs}) == len(runs)
-    assert all(run["base"]["revision"] == run["head"]["revision"] for run in runs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_programs_alarm_in_no_more_than_one_table_of_100_and_a_slow_one_in_95(runs, seed):
-    simulation = nulls.simulate(runs, tables=100, launches=cli.LAUNCHES, seed=seed)
-    assert simulation.failing <= 1
-    assert len(simulation.slowed) == 3 and simulation.all_found >= 95
-
-
-def test_the_recorded_margins_are_those_of_the_null_runs(runs, tmp_path):
-    nulls.write_margins(runs, tmp_path / "margins.json")
-    assert (tmp_path / "margins.json").read_text() == MARGINS.read_text()
 
 
 @pytest.mark.parametrize("revision", ["nonsense", "--version", "HEAD:README.md"])
