@@ -69,8 +69,8 @@ def take_turns(players: list[Player], budget_s: float, least_rounds: int, limit_
     start = time.perf_counter()
     rounds = 0
     while playing := [p for p in players if p.worker is not None]:
-        over = (time.perf_counter() - start) / (budget_s * len(playing))
-        if rounds >= least_rounds and over > 1 or rounds >= 2 and over > 5:
+        spent = (time.perf_counter() - start) / len(playing)
+        if rounds >= least_rounds and spent > budget_s or rounds >= 2 and spent > 5 * budget_s:
             return
         for player in playing if rounds % 2 == 0 else reversed(playing):
             player.attempt(lambda p=player: p.turns.append(_turn(p, limit_s)))
