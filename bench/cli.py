@@ -51,10 +51,7 @@ def add_measuring(parser: argparse.ArgumentParser, threads: int) -> None:
         "--limit", type=positive(float), default=300.0, help="seconds that one answer of a cell may take"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="shorter steady times, one cold time (2 minutes for all)"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="print workloads and implementations, and do nothing"
+        "--quick", action="store_true", help="2 minutes: short times, less of the largest, no compilers"
     )
 
 
@@ -71,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--scaling", action="store_true", help="MAML with 1 to 10,000 tasks and 1 to 500 inner steps instead"
     )
+    run.add_argument(
+        "--list", action="store_true", help="print workloads and implementations, and do nothing"
+    )
     run.add_argument("--out", type=Path, help="write every sample to this JSON file")
     run.add_argument("--format", choices=["plain", "github"], default="plain")
     compare = commands.add_parser("compare", help="two results files, or two git revisions")
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--metrics", choices=metrics, default="all", help="counters compare across machines too"
     )
     compare.add_argument(
-        "--launches", type=positive(int), default=3, help="processes a side (default %(default)s)"
+        "--launches", type=positive(int), default=LAUNCHES, help="processes a side (default %(default)s)"
     )
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="keep base.json and head.json of two revisions here"

@@ -14,7 +14,7 @@ from .steady import Player, take_turns
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure: seconds of steady calls a cell, processes for cold times, seconds a worker may take to answer ..."""
+    """How to measure: seconds of steady calls a cell, processes for cold times, seconds a worker may take to answer."""
 
     device: str = "cpu"
     threads: int = 1

@@ -88,7 +88,7 @@ class Session:
         made = Path(inputs).exists()
         self.inputs = self.side.inputs(pickle.loads(Path(inputs).read_bytes())) if made else ()
         gc.collect()
-        self.pages_mapped = memory.map_files()
+        memory.map_files()
         self.baseline = memory.reset_peak()
         return {"pid": os.getpid(), "imports_s": self.imports_s}
 
