@@ -1,5 +1,4 @@
-"""Exact counts of what a program does. Entry points: `Counter` and `count` (what ran), `graph_counts` (what a graph
-says), `least` (the traffic that no implementation can avoid).
+"""Exact counts of what a program does. Entry points: `Counter` and `count` (what ran), `graph_flops` (what a graph says).
 
 A flop is counted by torch's own formulas (`torch.utils.flop_counter`) and those of `AMENDED`: products and convolutions,
 two a multiply-add, nothing else. A byte is counted where an ATen call reads or writes memory, as if no cache were between
@@ -96,15 +95,9 @@ def count(call: Callable[..., Any], *inputs: Any) -> dict[str, int]:
     return counter.counts()
 
 
-def graph_counts(graph: Graph) -> dict[str, int]:
-    """`nodes` of a graph with its regions, and the `flops` of running it, whatever runs it; its sizes must be numbers."""
-    return {"nodes": len(graph), "flops": _graph_flops(graph)}
-
-
-def least(inputs: Any, answer: Any) -> int:
-    """Compulsory bytes: every input read once, every output that is not the memory of an input written once."""
-    read = _tensors(inputs)
-    return touched(read) + touched(_elsewhere(_tensors(answer), read))
+def graph_flops(graph: Graph) -> int:
+    """The flops of running a graph once, whatever runs it; its sizes must be numbers."""
+    return sum(_node_flops(n) for n in graph.nodes)
 
 
 def touched(tensors: Iterable[Tensor]) -> int:
@@ -172,16 +165,12 @@ def _flops(func: Any, args: tuple, kwargs: dict[str, Any], answer: Any) -> int:
     return formula(*args, **kwargs, out_val=answer) if formula else 0
 
 
-def _graph_flops(graph: Graph) -> int:
-    return sum(_node_flops(n) for n in graph.nodes)
-
-
 def _node_flops(node: Node) -> int:
     """A region's are its first body's, as often as that runs (a derivative or transpose that it holds is not run)."""
     times: Any = node.kwargs["length"] if node.target in (map_, scan) else 1
     body = next(subgraphs(node), None)
     kwargs = {name: substitute(value, _meta) for name, value in node.kwargs.items()}
-    inside = _graph_flops(body) if body else 0
+    inside = graph_flops(body) if body else 0
     return times * inside + _flops(node.target, substitute(node.args, _meta), kwargs, _meta(node))
 
 

@@ -150,9 +150,8 @@ class Duel:
                 extra = self.extra_work.get(player.side, 0.0)
                 launch.open(player, hosts[player.side].of(TORCH), extra_work=extra)
             launch.steady(players)
-            if counters:
-                for player in players:
-                    player.attempt(lambda p=player: count(p, self.options.limit_s))
+            for player in players if counters else ():
+                launch.count(player)
         finally:
             for player in players:
                 player.stop()
@@ -170,11 +169,6 @@ class Duel:
             entry["bytes"] = reference["bytes"]
             for cell in entry["cells"].values():
                 cell["allowed"] = reference["allowed"]
-
-
-def count(player: Player, limit_s: float) -> None:
-    """Exact counters."""
-    player.cell["counters"] = player.worker.ask("count", limit_s)
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess:

@@ -165,7 +165,8 @@ class Run:
             alive = [player for player in players if player.worker is not None]
             for player in alive:
                 say(f"{player.implementation}, counters")
-                player.attempt(lambda p=player: self._count(launch, p))
+                launch.count(player)
+                self._save(launch, player)
                 player.stop()
             for player in alive:
                 say(f"{player.implementation}, first calls in other processes")
@@ -174,18 +175,13 @@ class Run:
             for player in players:
                 player.stop()
 
-    def _count(self, launch: Launch, player: Player) -> None:
-        """Exact counters, and the artifact."""
-        limit_s, cell = self.options.limit_s, player.cell
-        cell["counters"] = player.worker.ask("count", limit_s)
-        reason = IMPLEMENTATIONS[player.implementation].artifact
+    def _save(self, launch: Launch, player: Player) -> None:
+        """The artifact, for those that have one."""
+        cell, reason = player.cell, IMPLEMENTATIONS[player.implementation].artifact
         if reason is None:
-            try:
-                path = str(launch.folder / player.implementation)
-                cell["artifact_bytes"] = player.worker.ask("save", limit_s, artifact=path)
-            except WorkerFailed as problem:
-                reason = problem.reason
-        if reason is not None:
+            path = str(launch.folder / player.implementation)
+            cell["artifact_bytes"] = launch.ask(player, "load", "save", artifact=path)
+        else:
             cell["why"]["load"] = reason
 
     def _first_calls(self, launch: Launch, player: Player) -> None:

@@ -142,6 +142,23 @@ class Launch:
     def _peak(self, player: Player) -> None:
         player.cell["peak_bytes"].append(player.worker.ask("peak", self.options.limit_s))
 
+    def count(self, player: Player) -> None:
+        """Exact counters of the steady calls' program."""
+        player.cell["counters"] = self.ask(player, "counters", "count") or {}
+
+    def ask(self, player: Player, what: str, command: str, **arguments: Any) -> Any:
+        """The answer to what is asked after the steady times, which stand whatever goes wrong: the cell notes why `what` is missing."""
+        if player.worker is None:
+            player.cell["why"][what] = "its process had ended before"
+            return None
+        try:
+            return player.worker.ask(command, self.options.limit_s, **arguments)
+        except WorkerFailed as problem:
+            player.cell["why"][what] = problem.reason
+            if problem.status != "failed":  # a late answer would be taken for the next one
+                player.stop()
+            return None
+
     def first_calls(self, player: Player, host: Host, processes: int, **changes: Any) -> list[dict[str, Any]]:
         """Seconds of first calls, each in a fresh process; what goes wrong is noted in the cell."""
         return self._ask_afresh(player, host, processes, "cold", "first", changes, {})

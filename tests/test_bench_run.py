@@ -67,6 +67,22 @@ WORKLOADS = """
         return lambda params, labels: double({"x": params["x"] + (1e-3 if api is fxfunc else 0)}, labels)
 
 
+    def unless_counted(act):
+        def make(api):
+            def f(params, labels):
+                if api is not fxfunc and torch._C._len_torch_dispatch_stack():
+                    act()
+                return double(params, labels)
+
+            return f
+
+        return make
+
+
+    register("uncounted")(unless_counted(lambda: 1 / 0))
+    register("lost-in-count")(unless_counted(lambda: time.sleep(1000)))
+
+
     @register("nan")
     def nan(api):
         return lambda params, labels: double({"x": params["x"] / (params["x"] != 3 if api is fxfunc else 1)}, labels)
@@ -105,6 +121,8 @@ STATUSES = {
     "test-structure": "failed",
     "test-wrong": "wrong",
     "test-nan": "failed",
+    "test-uncounted": "ok",
+    "test-lost-in-count": "ok",
     "test-backward": "ok",
     "test-memory": "ok",
     "test-sleep": "ok",
@@ -200,6 +218,13 @@ def test_peak_memory_is_that_of_the_calls(results):
     (peak,) = cell(results, "test-memory", "torch.func")["peak_bytes"]
     assert 64 * MIB <= peak < 90 * MIB
     assert cell(results, "test-fine", "torch.func")["peak_bytes"][0] < 32 * MIB
+
+
+@pytest.mark.parametrize("workload, reason", [("uncounted", "ZeroDivisionError"), ("lost-in-count", "within 3 s")])
+def test_a_counter_that_fails_leaves_the_times(results, workload, reason):
+    uncounted = cell(results, f"test-{workload}", "torch.func")
+    assert uncounted["status"] == "ok" and uncounted["steady_s"] and uncounted["cold"]
+    assert reason in uncounted["why"]["counters"] and not uncounted["counters"]
 
 
 def test_a_loaded_artifact_without_a_backward_says_so(results):
