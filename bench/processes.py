@@ -26,8 +26,9 @@ class WorkerFailed(Exception):
 
 
 # glibc learns from what is freed which blocks to take from its heap, whose layout imports have left to chance: 40% of a time,
-# and half of a peak. With a threshold that is fixed every large block is a mapping of its own, in any process.
-FIXED_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+# and half of a peak. With a threshold that is fixed every large block is a mapping of its own, in any process; the heap of the
+# small ones keeps what it has, as it would else be given back and faulted in again wherever its end happens to lie.
+FIXED_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 def _environment(fixed_heap: bool) -> dict[str, str]:

@@ -184,31 +184,32 @@ class Session:
 
 
 def with_extra_work(call: Callable[[], Any], fraction: float) -> Callable[[], Any]:
-    """`call` followed by real work that takes `fraction` of its time, for testing that a slowdown is found."""
+    """`call` followed by real work that makes it `fraction` slower, for testing that a slowdown is found."""
     import torch
 
-    size = 48
+    size, repeats = 16, 1
     a, b, out = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
 
-    def work(repeats: int) -> None:
+    def work() -> None:
         for _ in range(repeats):
             torch.mm(a, b, out=out)
 
-    def best(function: Callable[[], Any], rounds: int) -> float:
-        samples = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            function()
-            samples.append(time.perf_counter() - start)
-        return statistics.median(samples)
-
-    repeats = max(1, round(fraction * best(call, 30) / (best(lambda: work(100), 30) / 100)))
-
     def slowed() -> Any:
         answer = call()
-        work(repeats)
+        work()
         return answer
 
+    def seconds(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    alone = statistics.median(seconds(call) for _ in range(5))
+    repeats = max(1, round(fraction * alone / statistics.median(seconds(work) for _ in range(100))))
+    for _ in range(3):  # the work also costs what it evicts from the caches
+        pairs = [(seconds(call), seconds(slowed)) for _ in range(max(3, min(50, int(0.2 / alone))))]
+        cost = statistics.median(both - one for one, both in pairs) / statistics.median(one for one, _ in pairs)
+        repeats = max(1, round(repeats * min(max(fraction / cost, 0.5), 2.0) if cost > 0 else repeats))
     return slowed
 
 
