@@ -199,16 +199,19 @@ def with_extra_work(call: Callable[[], Any], fraction: float) -> Callable[[], An
         work()
         return answer
 
-    def seconds(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+    def seconds(function: Callable[[], Any], calls: int) -> float:
+        samples = []
+        for _ in range(calls + 1):  # the first one meets what was called before
+            start = time.perf_counter()
+            function()
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples[1:])
 
-    alone = statistics.median(seconds(call) for _ in range(5))
-    repeats = max(1, round(fraction * alone / statistics.median(seconds(work) for _ in range(100))))
-    for _ in range(3):  # the work also costs what it evicts from the caches
-        pairs = [(seconds(call), seconds(slowed)) for _ in range(max(3, min(50, int(0.2 / alone))))]
-        cost = statistics.median(both - one for one, both in pairs) / statistics.median(one for one, _ in pairs)
+    calls = 40 if seconds(call, 1) < 0.002 else 5
+    repeats = max(1, round(fraction * seconds(call, calls) / seconds(work, 100)))
+    for _ in range(3):  # the work also slows down the call, whose data it evicts from the caches
+        pairs = [(seconds(call, calls), seconds(slowed, calls)) for _ in range(5)]
+        cost = statistics.median(both / one for one, both in pairs) - 1
         repeats = max(1, round(repeats * min(max(fraction / cost, 0.5), 2.0) if cost > 0 else repeats))
     return slowed
 
