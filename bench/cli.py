@@ -99,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         "simulate", help="false alarms and power of compare, from recorded null runs"
     )
     simulate.add_argument("folder", type=Path, metavar="DIR")
+    simulate.add_argument("slowed", type=Path, metavar="SLOWED", help="runs of the slowed workloads alone")
     simulate.add_argument("--tables", type=positive(int), default=100)
     simulate.add_argument("--launches", type=positive(int), default=LAUNCHES)
     readme = commands.add_parser("readme", help="write README's table from a committed results file")
@@ -157,12 +158,13 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def record_nulls(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Adds null runs to a folder and writes the margins that all its runs give."""
+    """Adds null runs to a folder; without --workload, writes the margins that all its runs give."""
     from . import nulls
     from .record_nulls import record
 
     record(options.folder, options.runs, chosen_workloads(options), measuring(options), arguments)
-    nulls.write_margins(nulls.read_folder(options.folder), options.folder.parent / nulls.MARGINS.name)
+    if not options.workload:  # of all rows
+        nulls.write_margins(nulls.read_folder(options.folder), options.folder.parent / nulls.MARGINS.name)
     return 0
 
 
@@ -170,7 +172,8 @@ def simulate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Prints false alarms and power; 1 if there are more of those, or less of this, than promised."""
     from . import nulls
 
-    simulation = nulls.simulate(nulls.read_folder(options.folder), options.tables, options.launches)
+    runs, slow_runs = map(nulls.read_folder, (options.folder, options.slowed))
+    simulation = nulls.simulate(runs, slow_runs, options.tables, options.launches)
     print(nulls.report(simulation))
     kept = simulation.failing <= simulation.tables / 100 and simulation.all_found >= 0.95 * simulation.tables
     return 0 if kept else 1

@@ -132,8 +132,11 @@ def inductor_on_ours(function: Call, inputs: tuple) -> Built:
     import fxfunc
     from fxfunc.codegen import eager
 
+    leaves = pytree.tree_leaves(inputs)
+    if any(x.requires_grad for x in leaves):
+        raise NotImplementedError("ordinary autograd around it would differentiate the emitted calls")
     compiled = fxfunc.jit(function).lower(*inputs).compile(backend="eager")
-    program, leaves = eager.emit(compiled.graph), pytree.tree_leaves(inputs)
+    program = eager.emit(compiled.graph)
     start = time.perf_counter()
     graph = make_fx(lambda *leaves: program(list(leaves)))(*leaves)
     run = torch._inductor.compile(graph, leaves)
@@ -161,6 +164,7 @@ def ours(backend: str, cache: str | None) -> Implementation:
     )
 
 
+OF_TORCH_FUNC = ("make_fx", "torch.compile", "inductor")  # programs made of torch.func's
 PEERS = ("torch.func", "make_fx", "torch.compile", "inductor", "jax")
 OURS = ("eager", "cpp", "triton")
 _NO_CACHE = "it keeps no cache on disk"

@@ -40,7 +40,7 @@ from .errors import BenchError
 
 FORMAT, SCHEMA = "fxfunc-bench-null", 1
 SIDES = ("base", "head", "slow")
-FOLDER = MARGINS.parent / "null"
+FOLDER, SLOWED_FOLDER = MARGINS.parent / "null", MARGINS.parent / "slowed"
 
 Run = dict[str, dict[str, Any]]  # side -> results
 Key = tuple[str, str, str]  # workload, implementation, metric
@@ -167,29 +167,35 @@ class Simulation(NamedTuple):
     all_found: int
 
 
-def simulate(runs: list[Run], tables: int = 100, launches: int = 3, seed: int = 0) -> Simulation:
-    """Compares equal programs, and a slow one with its base, `tables` times over drawn null runs.
+def simulate(
+    runs: list[Run], slow_runs: list[Run], tables: int = 100, launches: int = 3, seed: int = 0
+) -> Simulation:
+    """Compares equal programs, and slow ones with their base, `tables` times over drawn null runs.
 
+    `slow_runs` are drawn for the slow rows and their base; the other rows of the table, and so its size, are those of `runs`.
     A slow workload counts as found if `compare` says REGRESSION of its steady time for every implementation that was slowed.
     Raises BenchError if there are too few runs to draw from.
     """
-    if len(runs) < launches + LEAST_NULLS:
-        raise BenchError(
-            f"{len(runs)} null runs: a simulation of {launches} launches needs {launches + LEAST_NULLS} or more"
-        )
-    runs, observed, generator = (
-        [_compact(run) for run in runs],
-        [observe(run) for run in runs],
-        random.Random(seed),
-    )
+    for what, some, least in (("null", runs, launches + LEAST_NULLS), ("slowed", slow_runs, launches)):
+        if len(some) < least:
+            raise BenchError(
+                f"{len(some)} {what} runs: a simulation of {launches} launches needs {least} or more"
+            )
+    observed, generator = [observe(run) for run in runs], random.Random(seed)
+    runs, slow_runs = [_compact(run) for run in runs], [_compact(run) for run in slow_runs]
     equal, slow = [], []
     for _ in range(tables):
         drawn = sorted(generator.sample(range(len(runs)), launches))
         others = {"rows": _combine([seen for index, seen in enumerate(observed) if index not in drawn])}
-        sides = {side: _merge([runs[index][side] for index in drawn]) for side in SIDES}
+        sides = {side: _merge([runs[index][side] for index in drawn]) for side in ("base", "head")}
         equal.append(compare(sides["base"], sides["head"], others))
-        slow.append(compare(sides["base"], _overlay(sides["head"], sides["slow"]), others))
-    return _count(equal, slow, slowed(runs), launches, len(runs))
+        drawn = sorted(generator.sample(range(len(slow_runs)), launches))
+        worse = {side: _merge([slow_runs[index][side] for index in drawn]) for side in ("base", "slow")}
+        before = _overlay(
+            sides["base"], {w: worse["base"]["workloads"][w] for w in worse["slow"]["workloads"]}
+        )
+        slow.append(compare(before, _overlay(sides["head"], worse["slow"]["workloads"]), others))
+    return _count(equal, slow, slowed(slow_runs), launches, len(runs))
 
 
 def slowed(runs: list[Run]) -> list[tuple[str, str]]:
@@ -241,10 +247,10 @@ def _merge(launches: list[dict[str, Any]]) -> dict[str, Any]:
     return _map_cells(launches[0], merged) | {"run": "simulated"}
 
 
-def _overlay(head: dict[str, Any], slow: dict[str, Any]) -> dict[str, Any]:
-    """The head with the slow side's cells in place of its own."""
-    replace = lambda w, name, *, cell: slow["workloads"].get(w, {"cells": {}})["cells"].get(name, cell)
-    return _map_cells(head, replace)
+def _overlay(results: dict[str, Any], workloads: dict[str, Any]) -> dict[str, Any]:
+    """The results with the cells of these workloads in place of their own."""
+    replace = lambda w, name, *, cell: workloads.get(w, {"cells": {}})["cells"].get(name, cell)
+    return _map_cells(results, replace)
 
 
 def _count(

@@ -13,7 +13,7 @@ from .revisions import BACKENDS, Duel, checkout, commit_of
 from .run import blank, describe, interruptible
 from .runner import Launch, Options
 
-SLOWED = ("psg8", "jac", "hess")  # of those whose launches scatter least: 1% or so
+SLOWED = ("jac", "hess", "hessb64")  # of those whose launches scatter least: 1% or so
 EXTRA_WORK = 0.10  # of a call's time
 
 

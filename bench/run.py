@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import records
-from .implementations import IMPLEMENTATIONS, TORCH, Implementation
+from .implementations import IMPLEMENTATIONS, OF_TORCH_FUNC, TORCH, Implementation
 from .processes import STARTUP_S, WorkerFailed
 from .progress import Progress
 from .registry import Workload, find, names
@@ -157,6 +157,9 @@ class Run:
     def _players(self, launch: Launch, players: list[Player], say: Callable[[str], None]) -> None:
         try:
             for player in players:
+                if player.implementation in OF_TORCH_FUNC and wrong("torch.func", players):
+                    player.fail("absent", "torch.func's answer is wrong, and this is made of it")
+                    continue
                 say(f"{player.implementation}, first call")
                 host = self.hosts.of(IMPLEMENTATIONS[player.implementation].imports)
                 launch.open(player, host, caches=launch.folder / f"warm-{player.implementation}")
@@ -213,6 +216,11 @@ class Run:
             first["from_start_s"] = first["first_s"] + sum(map(seconds.get, implementation.least_imports))
         else:
             first["from_start_s"] = launch.from_start(player, self.hosts.of(implementation.least_imports))
+
+
+def wrong(name: str, players: list[Player]) -> bool:
+    """Whether an implementation gave a wrong answer."""
+    return any(p.implementation == name and p.cell["status"] == "wrong" for p in players)
 
 
 def pending(entry: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ class Options:
 
     device: str = "cpu"
     threads: int = 1
-    steady_s: float = 1.5
+    steady_s: float = 1.2
     least_rounds: int = 5
     cold_rounds: int = 3
     limit_s: float = 300.0
@@ -111,11 +111,11 @@ class Launch:
         """Starts the player's worker, makes the first call and checks its answer."""
         try:
             player.worker = host.start(self.job(player.implementation, **changes))
+            self._first(player)
         except WorkerFailed as problem:
             absent_here = problem.reason.startswith("NotImplementedError: ")
             status = "absent" if absent_here else problem.status
             player.fail(status, problem.reason.removeprefix("NotImplementedError: "))
-        player.attempt(lambda: self._first(player))
 
     def _first(self, player: Player) -> None:
         cell, limit_s = player.cell, self.options.limit_s
@@ -147,7 +147,7 @@ class Launch:
         player.cell["counters"] = self.ask(player, "counters", "count") or {}
 
     def ask(self, player: Player, what: str, command: str, **arguments: Any) -> Any:
-        """The answer to what is asked after the steady times, which stand whatever goes wrong: the cell notes why `what` is missing."""
+        """What is asked after the steady times, which stand whatever goes wrong: the cell notes why `what` is missing."""
         if player.worker is None:
             player.cell["why"][what] = "its process had ended before"
             return None

@@ -572,15 +572,15 @@ def test_no_null_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no null runs"):
         nulls.read_folder(tmp_path)
     with pytest.raises(BenchError, match="needs 8 or more"):
-        nulls.simulate(RUNS[:7])
+        nulls.simulate(RUNS[:7], RUNS)
 
 
 def test_simulation_finds_the_slow_workloads_and_little_else_and_is_the_same_again() -> None:
-    simulation = nulls.simulate(RUNS, tables=25, seed=1)
+    simulation = nulls.simulate(RUNS, RUNS, tables=25, seed=1)
     assert simulation.rows == dict.fromkeys(NOISY, 4)
     assert simulation.slowed == [(f"w{i}", "eager") for i in range(3)]
     assert simulation.failing <= 1 and simulation.all_found >= 24
-    assert nulls.simulate(RUNS, tables=25, seed=1) == simulation
+    assert nulls.simulate(RUNS, RUNS, tables=25, seed=1) == simulation
     assert "all 3 rows found in" in nulls.report(simulation)
 
 
@@ -593,7 +593,7 @@ def test_simulation_counts_alarms_of_sides_that_are_not_equal() -> None:
     biased = [run | {"head": run["slow"]} for run in runs[:3]] + [
         null_run(seed, process=0.003) for seed in range(17)
     ]
-    simulation = nulls.simulate(biased, tables=1, seed=seed_that_draws([0, 1, 2], 20))
+    simulation = nulls.simulate(biased, RUNS, tables=1, seed=seed_that_draws([0, 1, 2], 20))
     assert simulation.failing == 1 and simulation.regressions["steady"] == 1
 
 
@@ -610,7 +610,7 @@ def test_a_run_judges_not_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         nulls, "_combine", lambda observed: counts.append(len(observed)) or original(observed)
     )
-    nulls.simulate(RUNS, tables=2, launches=3)
+    nulls.simulate(RUNS, RUNS, tables=2, launches=3)
     assert counts == [17, 17]
 
 
@@ -618,4 +618,4 @@ def test_a_cell_that_fails_in_some_runs_is_an_alarm() -> None:
     runs = copy.deepcopy(RUNS)
     for run in runs:
         run["head"]["workloads"]["w3"]["cells"]["eager"] = bad_cell("crashed", "exit 139")
-    assert nulls.simulate(runs, tables=5).failing == 5
+    assert nulls.simulate(runs, RUNS, tables=5).failing == 5

@@ -257,7 +257,7 @@ def test_an_unknown_implementation_names_those_there_are(name):
         (["compare", "nope", "HEAD"], "neither a results file nor a git revision"),
         (["compare", "nope.json", "nope.json"], "nope.json"),
         (["plot", "nope.json"], "nope.json"),
-        (["simulate", "nope"], "nope"),
+        (["simulate", "nope", "nope"], "nope"),
     ],
 )
 def test_bad_input_is_a_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
