@@ -19,7 +19,7 @@ SMALLER = {  # where a few minutes have to do: quick runs, and comparisons, whic
     "omniglot": "omniglot[tasks=1,steps=1]",
 }
 COMPARING = {"steady_s": 0.5}
-QUICK = {"steady_s": 0.2, "least_rounds": 2, "cold_rounds": 1, "from_start": False}
+QUICK = {"steady_s": 0.1, "least_rounds": 2, "cold_rounds": 1, "from_start": False}
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -51,7 +51,7 @@ def add_measuring(parser: argparse.ArgumentParser, threads: int) -> None:
         "--limit", type=positive(float), default=300.0, help="seconds that one answer of a cell may take"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="2 minutes: short times, less of the largest, no compilers"
+        "--quick", action="store_true", help="2 minutes: short times, less of the largest; no compilers, no make_fx"
     )
 
 
@@ -231,8 +231,9 @@ def chosen_implementations(options: argparse.Namespace) -> list:
     from .implementations import IMPLEMENTATIONS, find
 
     chosen = [find(name) for name in options.impl or IMPLEMENTATIONS]
-    skip = options.no_compilers or (options.quick and not options.impl)
-    return [each for each in chosen if not (skip and each.slow_to_compile)]
+    brief = options.quick and not options.impl
+    skip = options.no_compilers or brief
+    return [each for each in chosen if not (skip and each.slow_to_compile or brief and each.name == "make_fx")]
 
 
 def check_writable(path: Path | None) -> None:
