@@ -51,7 +51,9 @@ def add_measuring(parser: argparse.ArgumentParser, threads: int) -> None:
         "--limit", type=positive(float), default=300.0, help="seconds that one answer of a cell may take"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="2 minutes: short times, less of the largest; no compilers, no make_fx"
+        "--quick",
+        action="store_true",
+        help="2 minutes: short times, less of the largest; no compilers, no make_fx",
     )
 
 
@@ -233,7 +235,9 @@ def chosen_implementations(options: argparse.Namespace) -> list:
     chosen = [find(name) for name in options.impl or IMPLEMENTATIONS]
     brief = options.quick and not options.impl
     skip = options.no_compilers or brief
-    return [each for each in chosen if not (skip and each.slow_to_compile or brief and each.name == "make_fx")]
+    return [
+        each for each in chosen if not (skip and each.slow_to_compile or brief and each.name == "make_fx")
+    ]
 
 
 def check_writable(path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What `compare` promises (no false alarm in 99 of 100 tables, a 10% slowdown found in 95), from recorded runs of real processes."""
+"""What `compare` promises (an alarm in one of 100 tables at most, a 10% slowdown found in 95), from recorded runs."""
 
 from __future__ import annotations
 

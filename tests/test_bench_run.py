@@ -220,7 +220,9 @@ def test_peak_memory_is_that_of_the_calls(results):
     assert cell(results, "test-fine", "torch.func")["peak_bytes"][0] < 32 * MIB
 
 
-@pytest.mark.parametrize("workload, reason", [("uncounted", "ZeroDivisionError"), ("lost-in-count", "within 3 s")])
+@pytest.mark.parametrize(
+    "workload, reason", [("uncounted", "ZeroDivisionError"), ("lost-in-count", "within 3 s")]
+)
 def test_a_counter_that_fails_leaves_the_times(results, workload, reason):
     uncounted = cell(results, f"test-{workload}", "torch.func")
     assert uncounted["status"] == "ok" and uncounted["steady_s"] and uncounted["cold"]
