@@ -88,12 +88,13 @@ class TorchSide:
         if implementation in OURS:
             counts["nodes captured"] = len(self.api.jit(self.function).lower(*inputs).graph)
             counts["nodes compiled"] = len(built.graph)
-            counts["flops"] = counters.graph_flops(built.graph)
             counts["kernels"] = len(built.kernels)
         if implementation in COMPILED_BY_INDUCTOR:
             counts["kernels"] = importlib.import_module("torch._inductor.metrics").generated_kernel_count
         if implementation in RUN_BY_ATEN:
             counts |= counters.count(call)
+        elif implementation in OURS:
+            counts["flops"] = counters.graph_flops(built.graph)
         return counts
 
 

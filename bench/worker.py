@@ -148,15 +148,7 @@ class Session:
 
     def turn(self, *, calls: int, discard: int) -> list[float]:
         """Seconds of each of `calls` calls, after `discard` that are not counted."""
-        call, clock = self.call, time.perf_counter
-        for _ in range(discard):
-            call()
-        samples = []
-        for _ in range(calls):
-            start = clock()
-            call()
-            samples.append(clock() - start)
-        return samples
+        return timed(self.call, calls, discard)
 
     def overhead(self, *, calls: int) -> float:
         """Median seconds of a sample of a function that does nothing."""
@@ -183,6 +175,19 @@ class Session:
         return measure(self.side.device, self.side.threads)
 
 
+def timed(call: Callable[[], Any], calls: int, discard: int) -> list[float]:
+    """Seconds of each of `calls` calls, after `discard` that are not counted."""
+    clock = time.perf_counter
+    for _ in range(discard):
+        call()
+    samples = []
+    for _ in range(calls):
+        start = clock()
+        call()
+        samples.append(clock() - start)
+    return samples
+
+
 def with_extra_work(call: Callable[[], Any], fraction: float) -> Callable[[], Any]:
     """`call` followed by real work that makes it `fraction` slower, for testing that a slowdown is found."""
     import torch
@@ -200,12 +205,7 @@ def with_extra_work(call: Callable[[], Any], fraction: float) -> Callable[[], An
         return answer
 
     def seconds(function: Callable[[], Any], calls: int) -> float:
-        samples = []
-        for _ in range(calls + 1):  # the first one meets what was called before
-            start = time.perf_counter()
-            function()
-            samples.append(time.perf_counter() - start)
-        return statistics.median(samples[1:])
+        return statistics.median(timed(function, calls, discard=1))  # it meets what was called before
 
     calls = 40 if seconds(call, 1) < 0.002 else 5
     repeats = max(1, round(fraction * seconds(call, calls) / seconds(work, 100)))
