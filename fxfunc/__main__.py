@@ -1,16 +1,21 @@
-"""The command line: `python -m fxfunc bench ...`."""
+"""The command line: `python -m fxfunc bench ...` and `python -m fxfunc coverage`."""
 
 import sys
 
 
 def main(arguments: list[str]) -> int:
     """Exit status of the command; 2 for one that there is not."""
-    if arguments[:1] != ["bench"]:
-        print("usage: python -m fxfunc bench {run,compare,plot,nulls,simulate,readme} ...", file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    from fxfunc.bench.cli import main as bench
+    command, rest = arguments[:1], arguments[1:]
+    if command == ["bench"]:
+        from fxfunc.bench.cli import main as bench
 
-    return bench(arguments[1:])
+        return bench(rest)
+    if command == ["coverage"]:
+        from fxfunc.coverage import main as coverage
+
+        return coverage(rest)
+    print("usage: python -m fxfunc {bench,coverage} ...", file=sys.stderr)
+    return 0 if command in (["-h"], ["--help"]) else 2
 
 
 if __name__ == "__main__":

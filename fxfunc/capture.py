@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfunc.codegen import eager
 from fxfunc.passes import errors
+from fxfunc.passes.concrete import Concrete
 from fxfunc.passes.dump import saw
 from fxfunc.passes.graph import Graph, Val, root
 from fxfunc.passes.infer import rewriting
@@ -46,6 +47,11 @@ class Captured:
     def tensor_flags(self) -> list[bool]:
         """For each output leaf, whether it is a tensor."""
         return [x is _TENSOR for x in self.out_leaves]
+
+    @property
+    def others(self) -> list:
+        """The output leaves that are no tensors."""
+        return [x for x in self.out_leaves if x is not _TENSOR]
 
     def outputs(self, tensors: list):
         """The function's result, its tensors being these in order."""
@@ -78,24 +84,44 @@ def check_tensors(transform: str, leaves) -> None:
             )
 
 
-def capture(
+def capture(function, leaves, spec, in_vals: list[Val], *, by_value: bool = False, **how) -> Captured:
+    """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
+
+    by_value: a function that asks for the value of a tensor is captured again with the values of these leaves at hand.
+    tracks: for each of them, whether the code sees `requires_grad == True`. grad: the grad mode it starts under.
+    randomness: that of an enclosing vmap.
+    writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
+    """
+    outer = current()
+    if outer is not None:
+        concrete = Concrete(outer.concrete.run, whole=by_value) if outer.concrete else None
+        return _capture(function, leaves, spec, in_vals, Recorder(concrete=concrete), **how)
+    try:
+        return _capture(function, leaves, spec, in_vals, Recorder(), **how)
+    except errors.ValueDependent:
+        if not by_value:
+            raise
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):  # the graph will draw the same numbers again
+        return _capture(function, leaves, spec, in_vals, Recorder(concrete=Concrete(_values)), **how)
+
+
+def _values(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    return compiled(graph)(list(tensors))
+
+
+def _capture(
     function,
     leaves,
     spec,
     in_vals: list[Val],
+    recorder: Recorder,
     *,
     tracks=(),
     grad=True,
     randomness: str | None = None,
     **writable,
 ) -> Captured:
-    """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
-
-    tracks: for each of them, whether the code sees `requires_grad == True`. grad: the grad mode it starts under.
-    randomness: that of an enclosing vmap.
-    writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
-    """
-    recorder = Recorder()
     recorder.randomness = randomness
     with custom.hooks(), foreign_modes_off(), recorder, torch.set_grad_enabled(grad):
         flags = iter(tracks)

@@ -16,6 +16,7 @@ from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
+from fxfunc.passes.concrete import Concrete
 from fxfunc.passes.graph import Graph, Val, custom
 from fxfunc.passes.infer import forget
 from fxfunc.passes.intercept import OF_LIBRARY
@@ -92,12 +93,13 @@ OF_LIBRARY.append(_registered)
 
 def _call(function: type[Function], args, kwargs, opaque=None):
     """Record a call as a `custom` node, and return its outputs."""
-    outer, forward, ctx = current(), Recorder(), FunctionCtx()
+    outer, ctx = current(), FunctionCtx()
+    forward = Recorder(concrete=outer.concrete and Concrete(outer.concrete.run, outer.concrete.whole))
     forward.opaque = opaque
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     with forward:
-        inner = [forward.input(val_of(x), "x") for x in tensors]
+        inner = [forward.input(val_of(x), "x", like=x) for x in tensors]
         inputs, keywords = pytree.tree_unflatten(_replaced(leaves, inner), spec)
         output = function.forward(*inputs, **keywords)
         function.setup_context(ctx, inputs, output)

@@ -7,6 +7,7 @@ function are recorded: tensors (one of the same signature is rebound), plain val
 from __future__ import annotations
 
 import collections
+import dis
 import functools
 import types
 
@@ -14,7 +15,7 @@ import torch
 
 from fxfunc.passes.graph import typed
 
-_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 _FOREIGN = (
     "torch",
     "fxfunc",
@@ -30,6 +31,43 @@ _FOREIGN = (
     "abc",
     "enum",
 )
+_PURE = {  # what these give depends on their arguments alone
+    "torch",
+    "fxfunc",
+    "builtins",
+    "numpy",
+    "math",
+    "cmath",
+    "functools",
+    "operator",
+    "_operator",
+    "itertools",
+    "collections",
+    "_collections",
+    "typing",
+    "abc",
+    "enum",
+    "dataclasses",
+    "numbers",
+    "copy",
+    "contextlib",
+}
+_IMPURE_BUILTINS = {
+    "print",
+    "input",
+    "open",
+    "exec",
+    "eval",
+    "globals",
+    "locals",
+    "vars",
+    "id",
+    "breakpoint",
+    "__import__",
+}
+_IMMUTABLE = (range, slice, type(...), type(NotImplemented), types.BuiltinFunctionType, types.GenericAlias)
+_IMPORT = dis.opmap["IMPORT_NAME"]
+OWN = "__fxfunc__"  # an attribute of functions, for us alone
 _MISSING = object()
 _LIMIT = 20_000
 _MODULE_STATE = set(torch.nn.Module().__dict__) - {
@@ -47,9 +85,14 @@ def _foreign(module: str | None) -> bool:
 
 
 class Guards:
-    """Places and what was found there: `container[key]`, a cell's contents, a slot, the defaults of a function."""
+    """Places and what was found there: `container[key]`, a cell's contents, a slot, the defaults of a function.
 
-    def __init__(self):
+    strict: `complete` is false if anything could act or differ from call to call unseen: printing, clocks, random numbers of
+    Python, iterators, imports at call time, objects that hold their state elsewhere.
+    """
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
         self.values: list[tuple] = []  # (container, key, type and value)
         self.identities: list[tuple] = []  # (container, key, object): the same object
         self.tensors: list[tuple] = []  # (container, key, tensor, signature, first place of this tensor)
@@ -60,9 +103,9 @@ class Guards:
         self._first: dict[int, int] = {}
 
     @classmethod
-    def of(cls, *objects) -> Guards:
+    def of(cls, *objects, strict: bool = False) -> Guards:
         """Everything reachable from a function (and its plain arguments) that a capture of it could read."""
-        self = cls()
+        self = cls(strict)
         for x in objects:
             self._object(x)
         return self
@@ -93,16 +136,17 @@ class Guards:
         if isinstance(x, torch.Tensor):
             first = self._first.setdefault(id(x), len(self.tensors))
             self.tensors.append((container, key, x, signature(x), first))
-        elif isinstance(x, _PLAIN):
+        elif isinstance(x, PLAIN):
             self.values.append((container, key, typed(x, None)))
         elif x is not _MISSING:
             self.identities.append((container, key, x))
             self._object(x)
 
     def _object(self, x) -> None:
-        if id(x) in self._seen or isinstance(x, _PLAIN):
+        if id(x) in self._seen or isinstance(x, PLAIN):
             return
         self.complete = self.complete and len(self._seen) < _LIMIT
+        self.complete = self.complete and not (self.strict and _acts(x))
         if self.complete:
             self._seen.add(id(x))
             for kind, explore in _KINDS:
@@ -158,10 +202,14 @@ class Guards:
         names, modules = _names(f.__code__), set()
         for cell in f.__closure__ or ():
             self._named(cell, None, names, modules)
+        self.identities.append((f, "__code__", f.__code__))
         self._item(f, "__defaults__")
         self._item(f, "__kwdefaults__")
-        self._container(f.__dict__, f.__dict__)
+        self._snapshot(f.__dict__, _attributes)
+        for key in _attributes(f.__dict__):
+            self._item(f.__dict__, key)
         if not _foreign(f.__globals__.get("__name__")):
+            self.complete = self.complete and not (self.strict and _reaches_out(f, names))
             for name in names & f.__globals__.keys():
                 self._named(f.__globals__, name, names, modules)
 
@@ -170,11 +218,69 @@ class Guards:
         x = _read(container, key)
         if not isinstance(x, types.ModuleType):
             self._item(container, key)
+        elif self.strict and _foreign(x.__name__) and not _pure(x.__name__, names):
+            self.complete = False
         elif not _foreign(x.__name__) and x not in modules:
             modules.add(x)
             self.identities.append((container, key, x))
             for name in names & x.__dict__.keys():
                 self._named(x.__dict__, name, names, modules)
+
+
+def _pure(module: str, names: set[str]) -> bool:
+    root, *rest = module.split(".")
+    return root in _PURE and not (root == "numpy" and ("random" in names or "random" in rest))
+
+
+def _acts(x) -> bool:
+    """Whether an object's state, or what calling it does, cannot be seen from its attributes."""
+    if isinstance(x, types.BuiltinFunctionType):
+        bound = x.__self__
+        if bound is None or isinstance(bound, types.ModuleType):
+            return not _pure(x.__module__ or "builtins", set())
+        return not isinstance(bound, type) and _root(type(bound)) != "torch"
+    if isinstance(x, (types.FunctionType, type, types.MethodType)):
+        return _foreign(x.__module__) and not _pure(x.__module__, set())
+    if hasattr(type(x), "__next__") or type(x).__module__.startswith("numpy.random"):
+        return True
+    native = not type(x).__flags__ & _HEAP_TYPE and not isinstance(x, (*_CONTAINERS, *_IMMUTABLE))
+    return native and _root(type(x)) not in ("torch", "numpy")
+
+
+def _root(cls: type) -> str:
+    return cls.__module__.split(".")[0]
+
+
+def _reaches_out(f: types.FunctionType, names: set[str]) -> bool:
+    """Calls of builtins that act, and imports at call time."""
+    return bool(names & _IMPURE_BUILTINS - f.__globals__.keys()) or _imports(f.__code__)
+
+
+def _imports(code: types.CodeType) -> bool:
+    return _IMPORT in code.co_code[::2] or any(
+        isinstance(c, types.CodeType) and _imports(c) for c in code.co_consts
+    )
+
+
+_HEAP_TYPE = 1 << 9
+_CONTAINERS = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    collections.deque,
+    types.MappingProxyType,
+    types.ModuleType,
+    functools.partial,
+    staticmethod,
+    classmethod,
+    property,
+)
+
+
+def _attributes(namespace: dict) -> list[str]:
+    return [key for key in namespace if key != OWN]
 
 
 def _bytes(array) -> tuple:

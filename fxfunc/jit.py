@@ -94,7 +94,8 @@ def jit(f: Callable, *, static_argnums=(), static_argnames=(), cache_size: int |
 
 
 class _Jit:
-    def __init__(self, f, static_argnums, static_argnames, cache_size):
+    def __init__(self, f, static_argnums=(), static_argnames=(), cache_size=None, strict=False):
+        self.strict = strict
         functools.update_wrapper(self, f, updated=())
         self.function = f
         self.static_argnums = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
@@ -139,7 +140,8 @@ class _Jit:
         closures = entry and entry.closures()
         hit = closures is not None
         if not hit:
-            guards = Guards.of(self.function, *static, *(x for x in leaves if not is_tensor(x)))
+            plain = (x for x in leaves if not is_tensor(x))
+            guards = Guards.of(self.function, *static, *plain, strict=self.strict)
             tracks = [x.requires_grad for x in leaves if is_tensor(x)]
             captured = capture(
                 f,

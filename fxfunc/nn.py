@@ -26,3 +26,8 @@ def functional_call(
 def stack_module_state(models):
     """`(parameters, buffers)` of N modules of one class, each stacked to [N, *shape]. See torch.func.stack_module_state."""
     return torch.func.stack_module_state(models)
+
+
+def replace_all_batch_norm_modules_(root: torch.nn.Module) -> torch.nn.Module:
+    """`root`, whose batch norms no longer keep running statistics. See torch.func.replace_all_batch_norm_modules_."""
+    return torch.func.replace_all_batch_norm_modules_(root)

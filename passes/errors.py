@@ -91,8 +91,23 @@ class NotDifferentiable(FxfuncError, RuntimeError, ValueError):
 
 
 class RandomInVmap(FxfuncError, RuntimeError):
-    message = 'vmap: {op} draws random numbers, and randomness is "error"'
+    message = 'vmap: {op} draws random numbers, and randomness is "{randomness}"{why}'
     fix = 'Pass randomness="different" to vmap, or draw the numbers outside.'
+
+
+class IndependentOutput(FxfuncError, RuntimeError):
+    message = "{transform}: output {index} does not depend on the primals"
+    fix = "Pass strict=False to get a tangent of zeros."
+
+
+class UnusedInput(FxfuncError, RuntimeError):
+    message = "torch.autograd.grad: {what} has no part in the graph"
+    fix = "Pass allow_unused=True to get None for it, or call requires_grad_() on it before it is used."
+
+
+class NotLinear(FxfuncError, RuntimeError):
+    message = "{transform}: the function is not linear in its primals"
+    fix = "Close over what it is not linear in, or use vjp."
 
 
 class ValueDependent(FxfuncError, RuntimeError):

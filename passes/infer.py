@@ -103,7 +103,10 @@ def forget() -> None:
 
 
 def rewriting(function):
-    """A function from graphs (and static values) to graphs: cached, and run with the caller's modes neutralised."""
+    """A function from graphs (and static values) to graphs: cached, and run with the caller's modes neutralised.
+
+    Results are a graph, a tuple that starts with one, or an object with graphs as attributes; each is offered to the dump.
+    """
     name = function.__name__.strip("_").removesuffix("_graph")
 
     @functools.lru_cache(maxsize=512)
@@ -112,8 +115,9 @@ def rewriting(function):
             out = function(*args)
         from .dump import saw
 
+        first = out[0] if isinstance(out, tuple) else out
         parts = {f"{name}-{part}": x for part, x in getattr(out, "__dict__", {}).items()}
-        for part, graph in ({name: out} if isinstance(out, Graph) else parts).items():
+        for part, graph in ({name: first} if isinstance(first, Graph) else parts).items():
             if isinstance(graph, Graph):
                 saw(part, graph)
         return out

@@ -11,27 +11,25 @@ import math
 import torch
 
 from . import errors
-from .graph import stop_gradient
+from .concrete import is_mask, value_of
+from .graph import Literal, constant, stop_gradient
 from .infer import hermetic
 from .tracer import Tracer, current, tracked
 
 aten = torch.ops.aten
 
 
-def is_mask(index) -> bool:
-    """True for an index by truth values, whose result has a size that depends on them."""
-    return index is not None and index.dtype in (torch.bool, torch.uint8)
-
-
-def _value_dependent(recorder, func, *args, **kwargs):
-    raise errors.ValueDependent(op="Tensor.item() or bool(tensor)")
+def _item(recorder, func, x):
+    if (value := value_of(x)) is None:
+        raise errors.ValueDependent(op="Tensor.item() or bool(tensor)")
+    return value.item()
 
 
 def _lift_fresh(recorder, func, x):
     if isinstance(x, Tracer):
         return x
     with hermetic():
-        return Tracer(recorder, recorder.builder.constant(x))
+        return recorder.emit(constant, (Literal(x),))
 
 
 def _detach(recorder, func, x):
@@ -67,6 +65,9 @@ def _cudnn_batch_norm(recorder, func, *args):
 
 def _linalg_check(recorder, func, info, api_name, *, is_matrix):
     """torch.linalg raises where a matrix is singular or not positive definite; a graph has NaN there, as in JAX."""
+    if (value := value_of(info)) is not None:
+        func(value, api_name, is_matrix=is_matrix)
+        return
     if not any(t is info for t in recorder.results):
         raise errors.ValueDependent(op=func)
     failed = recorder.builder.emit(aten.ne.Scalar, (info.value, 0))
@@ -105,7 +106,7 @@ DISPATCH = {
     aten.native_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,
-    aten._local_scalar_dense.default: _value_dependent,
+    aten._local_scalar_dense.default: _item,
     aten.lift_fresh.default: _lift_fresh,
     aten.lift_fresh_copy.default: _lift_fresh,
     aten.lift.default: _lift_fresh,
@@ -159,7 +160,9 @@ def _as_strided(x, *args, **kwargs):
 
 def _one_hot(x, num_classes=-1):
     if num_classes < 0:
-        raise errors.ValueDependent(op="torch.nn.functional.one_hot without num_classes")
+        if value_of(x) is None:
+            raise errors.ValueDependent(op="torch.nn.functional.one_hot without num_classes")
+        num_classes = int(value_of(x).max()) + 1
     return torch.eq(x.unsqueeze(-1), torch.arange(num_classes, device=x.device)).to(torch.int64)
 
 
@@ -213,22 +216,40 @@ def _from_data(make, copies: bool):
 
     def call(*args, **kwargs):
         given = [*args, *kwargs.values()]
-        if any(map(_lists_tensors, given)):
+        if any(map(_lists_unknown, given)):
             raise errors.ValueDependent(op=f"{make.__name__} of a list of tensors; torch.stack takes one")
-        out = make(*args, **kwargs)
+        out = make(*map(_known, args), **kwargs)
         return out.detach() if copies and any(isinstance(x, Tracer) for x in given) else out
 
     return call
 
 
-def _lists_tensors(x) -> bool:
-    return isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) or _lists_tensors(y) for y in x)
+def _lists_unknown(x) -> bool:
+    """Tensors within lists, the values of some not being known."""
+    return isinstance(x, (list, tuple)) and any(
+        value_of(y) is None if isinstance(y, torch.Tensor) else _lists_unknown(y) for y in x
+    )
+
+
+def _known(x):
+    """An argument with the tensors within its lists as what they hold."""
+    if not isinstance(x, (list, tuple)):
+        return x
+    return [value_of(y) if isinstance(y, torch.Tensor) else _known(y) for y in x]
 
 
 def _format(x, spec):
-    if spec:
+    if not spec:
+        return repr(x)
+    if value_of(x) is None:
         raise errors.ValueDependent(op="format(tensor)")
-    return repr(x)
+    return format(value_of(x), spec)
+
+
+def _tolist(x):
+    if value_of(x) is None:
+        raise errors.ValueDependent(op="Tensor.tolist()")
+    return value_of(x).tolist()
 
 
 def _data_ptr(x):
@@ -251,7 +272,16 @@ def _refuse_value(what: str):
     return refuse
 
 
-_autograd = _refuse_function("torch.autograd", "Use fxfunc.grad or fxfunc.vjp, which nest.")
+def _autograd_grad(*args, **kwargs):
+    from .autograd import grad
+
+    return grad(*args, **kwargs)
+
+
+_backward = _refuse_function(
+    "Tensor.backward(), which leaves gradients in .grad,",
+    "Use torch.autograd.grad, or fxfunc.grad, which nests.",
+)
 FUNCTIONS = {
     torch.Tensor.data.__get__: torch.Tensor.detach,
     torch.Tensor.detach_: _detach_in_place,
@@ -259,12 +289,12 @@ FUNCTIONS = {
     torch.Tensor.requires_grad.__get__: tracked,
     torch.Tensor.requires_grad.__set__: _requires_grad_,
     torch.Tensor.requires_grad_: _requires_grad_,
-    torch.autograd.grad: _autograd,
-    torch.autograd.backward: _autograd,
-    torch.Tensor.backward: _autograd,
+    torch.autograd.grad: _autograd_grad,
+    torch.autograd.backward: _backward,
+    torch.Tensor.backward: _backward,
     torch.Tensor.data.__set__: _refuse_function("assigning to .data", "Use copy_ or return the new value."),
     torch.Tensor.numpy: _refuse_value("Tensor.numpy()"),
-    torch.Tensor.tolist: _refuse_value("Tensor.tolist()"),
+    torch.Tensor.tolist: _tolist,
     torch.Tensor.__array__: _refuse_value("numpy.asarray(tensor)"),
     torch.Tensor.__format__: _format,
     torch.Tensor.data_ptr: _data_ptr,

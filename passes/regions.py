@@ -1,4 +1,4 @@
-"""Making region nodes in normal form. Entry points: `emit_map` and `emit_scan`.
+"""Making region nodes in normal form. Entry points: `emit_map`, `emit_chunks` and `emit_scan`.
 
 Whatever in a body depends on no mapped (or looped) input is computed outside, and an operand that repeats one value along
 the axis is not mapped. So every value inside a map depends on the mapped axis: a residual of a map is always stacked for a
@@ -11,15 +11,17 @@ from torch.fx import Node
 
 from . import errors
 from .dims import Size
-from .graph import Graph, cone, extract, map_, reached, scan
+from .graph import Graph, Val, cone, extract, getitem, is_random, map_, reached, scan, substitute
 from .record import Builder, Value, aten
-from .simplify import made_by, number
+from .simplify import SIMPLIFY, made_by, number
 
 
 def emit_map(
     b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str = "error"
 ) -> list[Value]:
-    """The results of mapping a body, in order."""
+    """The results of mapping a body, in order; `outs` says of each output "stack", "sum" or "once" (invariant, as it is)."""
+    if randomness == "same":
+        body, operands, mapped = _draw_once(b, body, operands, mapped)
     operands, starts = _differing(body.inputs, operands, mapped)
     varying = _varying(body, starts)
     given = dict(zip(body.inputs, operands, strict=True)) | _invariants(b, body, operands, varying)
@@ -50,6 +52,114 @@ def emit_map(
         else _repeated(given[n], kind, length)
         for n, kind in wanted
     ]
+
+
+def emit_chunks(
+    b: Builder, body: Graph, operands, mapped, outs, length: Size, randomness: str, chunk: int | None
+) -> list[Value]:
+    """As emit_map without "sum", but `chunk` examples at a time: a scan whose steps are maps, and a map of the rest."""
+    if chunk is None or isinstance(length, int) and length <= chunk:
+        return emit_map(b, body, operands, mapped, outs, length, randomness)
+    if not isinstance(length, int):
+        raise errors.NotSupported(
+            what=f"chunk_size for an axis of symbolic size {length}", instead="Give that axis a fixed size."
+        )
+    if randomness == "same":
+        body, operands, mapped = _draw_once(b, body, operands, mapped)
+    stacked = [k for k, kind in enumerate(outs) if kind == "stack"]
+    each = extract(list(body.inputs), [body.outputs[k] for k in stacked], body.draws)
+    found = dict(zip(stacked, _chunked(b, each, operands, mapped, length, randomness, chunk), strict=True))
+    once = [k for k in range(len(outs)) if k not in found]
+    rest = extract(list(body.inputs), [body.outputs[k] for k in once])
+    found |= zip(once, emit_map(b, rest, operands, mapped, ["once"] * len(once), length), strict=True)
+    return [found[k] for k in range(len(outs))]
+
+
+def _chunked(b: Builder, body: Graph, operands, mapped, length: int, randomness: str, chunk: int):
+    kinds, steps = ["stack"] * len(body.outputs), length // chunk
+    whole = steps * chunk
+    inner = Builder(SIMPLIFY)
+    shapes = [
+        x.val if not m else Val((chunk, *x.shape[1:]), x.dtype, x.device)
+        for x, m in zip(operands, mapped, strict=True)
+    ]
+    order = sorted(
+        range(len(operands)), key=lambda i: mapped[i]
+    )  # what is the same in every step comes first
+    bound = {i: inner.input(shapes[i], body.inputs[i].name) for i in order}
+    inputs = [bound[i] for i in range(len(operands))]
+    step = inner.finish(emit_map(inner, body, inputs, mapped, kinds, chunk, randomness))
+    consts = [operands[i] for i in order if not mapped[i]]
+    xs = [
+        _part(operands[i], 0, whole).reshape([steps, chunk, *operands[i].shape[1:]])
+        for i in order
+        if mapped[i]
+    ]
+    found = [y.reshape([whole, *y.shape[2:]]) for y in emit_scan(b, step, consts, [], xs, steps)]
+    if whole == length:
+        return found
+    tail = [_part(x, whole, length) if m else x for x, m in zip(operands, mapped, strict=True)]
+    ends = emit_map(b, body, tail, mapped, kinds, length - whole, randomness)
+    return [b.emit(aten.cat.default, ([y, end], 0)) for y, end in zip(found, ends, strict=True)]
+
+
+def _part(x: Value, start: int, end: int) -> Value:
+    return x.call(aten.slice.Tensor, 0, start, end)
+
+
+def _draw_once(b: Builder, body: Graph, operands, mapped) -> tuple[Graph, list[Value], list[bool]]:
+    """A body whose draws are inputs that are not mapped, and its operands: each number is drawn here, once for all examples."""
+    env = dict(zip(body.inputs, operands, strict=True))
+    varying = {n for n, m in zip(body.inputs, mapped, strict=True) if m}
+    drawn = []
+    for n in body.nodes:
+        whole = n.args[0] if n.target is getitem else n
+        if is_random(whole) and isinstance(n.meta["val"], Val):
+            drawn.append(n)
+        if not any(m in varying for m in n.all_input_nodes):
+            b.run([n], env)
+        elif is_random(n):
+            env[n] = _drawn_for_all(b, n, varying, env)
+        else:
+            varying.add(n)
+    values = [*operands, *(env[n] for n in drawn)]
+    return extract([*body.inputs, *drawn], list(body.outputs)), values, [*mapped, *[False] * len(drawn)]
+
+
+def _drawn_for_all(b: Builder, draw: Node, varying, env) -> Value:
+    """A draw that needs of a mapped tensor no more than its shape."""
+    like, *rest = draw.args
+    if draw.target not in OF_SHAPE or any(m in varying for m in draw.all_input_nodes if m is not like):
+        raise errors.RandomInVmap(
+            op=draw.target,
+            randomness="same",
+            why=": what it draws from differs by example",
+            source=draw.meta.get("source"),
+        )
+    with b.at(draw):
+        return b.emit(
+            draw.target, (b.full(like.meta["val"], 0), *substitute(rest, env.__getitem__)), dict(draw.kwargs)
+        )
+
+
+# Draws that need the shape and dtype of their first argument alone.
+OF_SHAPE = {
+    op
+    for packet in (
+        aten.rand_like,
+        aten.randn_like,
+        aten.randint_like,
+        aten.normal_functional,
+        aten.uniform,
+        aten.random,
+        aten.exponential,
+        aten.cauchy,
+        aten.geometric,
+        aten.log_normal,
+    )
+    for op in (getattr(packet, name) for name in packet.overloads())
+    if not op._schema.is_mutable
+} | {aten.bernoulli.p}
 
 
 def _differing(inputs, operands, mapped) -> tuple[list[Value], list[Node]]:

@@ -13,11 +13,12 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import errors
+from .concrete import Concrete, call_by_value, is_mask, known
 from .dims import from_torch, to_torch
 from .functionalize import functionalize
 from .graph import Graph, Val
 from .infer import meta_result
-from .intercept import DISPATCH, FUNCTIONS, OF_LIBRARY, is_mask
+from .intercept import DISPATCH, FUNCTIONS, OF_LIBRARY
 from .record import Builder, Value, vals
 from .tracer import Tracer, recorders, refuse_draw, tracked, val_of
 
@@ -34,13 +35,14 @@ class _Functions(TorchFunctionMode):
 class Recorder(TorchDispatchMode):
     """Records every ATen call made while it is entered."""
 
-    def __init__(self, user_code: bool = True):
+    def __init__(self, user_code: bool = True, concrete: Concrete | None = None):
         super().__init__()
         self.builder = Builder(None)
         self.captures: dict[int, tuple[torch.Tensor, Value, str | None]] = {}
         self.mutates = False
         self.randomness: str | None = None  # that of the vmap this capture is the body of
         self.user_code = user_code
+        self.concrete = concrete
         self.opaque = None  # a library's op that is recorded as it is
         self.functions = _Functions()
         self.results: list[Tracer | None] = []  # of the last call that had several
@@ -63,6 +65,8 @@ class Recorder(TorchDispatchMode):
         """A tracer for a new input, which stands for the tensor `like` if there is one."""
         value = self.builder.input(val, name)
         value.node.meta["scattered"] = like is not None and not like.is_contiguous()
+        if self.concrete is not None and like is not None and (self.concrete.whole or name == "closed"):
+            self.concrete.bind(value, like)
         return Tracer(self, value, tracks)
 
     def lift(self, t: torch.Tensor) -> Value:
@@ -80,6 +84,8 @@ class Recorder(TorchDispatchMode):
         self.builder.source = errors.user_line() if self.user_code else None
         out = self.builder.emit(op, args, kwargs or {})
         self._mark(out)
+        if self.concrete is not None:
+            self.concrete.compute(op, args, kwargs or {}, out)
         return self.wrap(out, tracks)
 
     def _mark(self, out) -> None:
@@ -99,11 +105,14 @@ class Recorder(TorchDispatchMode):
         """Copy a finished graph in, its inputs bound to tensors; under no_grad its results stop reverse mode."""
         for n in graph.nodes:
             refuse_draw(n)
-        outs = self.builder.inline(graph, [self.lift(t) for t in tensors])
+        values = [self.lift(t) for t in tensors]
+        outs = self.builder.inline(graph, values)
+        if self.concrete is not None:
+            self.concrete.inline(graph, values, outs)
         if not torch.is_grad_enabled():
             from .graph import stop_reverse
 
-            outs = [o and self.builder.emit(stop_reverse, (o,)) for o in outs]
+            return [o and self.emit(stop_reverse, (o,)) for o in outs]
         return [None if o is None else Tracer(self, o, tracks) for o in outs]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -120,7 +129,11 @@ class Recorder(TorchDispatchMode):
     def _record(self, func, *args, **kwargs):
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
-        _refuse(func, args)
+        refuse_draw(func)
+        if self._asks_for_values(func, args):
+            if self.concrete is None or not known([args, list(kwargs.values())]):
+                raise errors.ValueDependent(op=func)
+            return call_by_value(self, func, args, kwargs)
         tracers: list[torch.Tensor] = []
         values = tuple(self._values(args, tracers))
         keywords = {k: self._values(v, tracers) for k, v in kwargs.items()}
@@ -133,6 +146,13 @@ class Recorder(TorchDispatchMode):
             if func._schema.is_mutable
             else _as_torch(func, out)
         )
+
+    def _asks_for_values(self, func, args) -> bool:
+        if func in (aten.index_put.default, aten.index_put_.default):
+            return self.concrete is not None and any(map(is_mask, args[1]))
+        if func is aten.index.Tensor:
+            return any(map(is_mask, args[1]))
+        return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
     def _reshaped(self, func, args, kwargs):
         """squeeze_, t_ ...: the tracer becomes the view, its own sizes change with it."""
@@ -188,14 +208,6 @@ def _as_torch(func, out):
             else tuple(out)
         )
     return out
-
-
-def _refuse(func, args) -> None:
-    refuse_draw(func)
-    if func is aten.index.Tensor and not any(is_mask(i) for i in args[1]):
-        return
-    if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-        raise errors.ValueDependent(op=func)
 
 
 def trace_torch(function, args, kwargs) -> Graph:

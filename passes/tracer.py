@@ -79,4 +79,4 @@ def val_of(t: torch.Tensor) -> Val:
 def refuse_draw(call) -> None:
     """Random draws need a vmap that says what they mean."""
     if is_random(call) and any(r.randomness == "error" for r in recorders()):
-        raise errors.RandomInVmap(op=getattr(call, "target", call))
+        raise errors.RandomInVmap(op=getattr(call, "target", call), randomness="error", why="")

@@ -216,7 +216,7 @@ def test_a_sample_is_one_call(results):
 
 def test_peak_memory_is_that_of_the_calls(results):
     (peak,) = cell(results, "test-memory", "torch.func")["peak_bytes"]
-    assert 64 * MIB <= peak < 90 * MIB
+    assert 60 * MIB <= peak < 90 * MIB
     assert cell(results, "test-fine", "torch.func")["peak_bytes"][0] < 32 * MIB
 
 

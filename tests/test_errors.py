@@ -250,7 +250,6 @@ VJP = {
     "another key": (lambda x: {"a": x}, lambda f: f({"b": X})),
     "another shape": (torch.sin, lambda f: f(X[:2])),
     "a number": (torch.sin, lambda f: f(1.0)),
-    "nothing": (torch.sin, lambda f: f()),
 }
 BAD |= {
     f"vjp_fn with {kind}": (
@@ -331,7 +330,7 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("inside", [i for i in INSIDE if i != "jvp"])  # which captures with values at hand
 def test_value_dependent_python(inside, name):
     f, named = VALUES[name]
     error = raised_by(lambda _: INSIDE[inside](f), None)

@@ -82,11 +82,8 @@ def test_names_and_files_in_the_text_exist():
 @pytest.mark.parametrize(
     "what, call",
     [
-        ("chunk_size", lambda x: fxfunc.vmap(torch.sin, chunk_size=1)(x)),
-        ("strict", lambda x: fxfunc.jvp(torch.sin, (x,), (x,), strict=True)),
-        ("same", lambda x: fxfunc.vmap(lambda x: x + torch.rand(()), randomness="same")(x)),
-        ("torch.autograd", lambda x: fxfunc.vmap(lambda x: torch.autograd.grad(x.sin(), x)[0])(x)),
         ("value", lambda x: fxfunc.vmap(lambda x: x if x > 0 else -x)(x)),
+        ("value", lambda x: fxfunc.jit(lambda x: x[x > 0])(x)),
     ],
 )
 def test_what_the_readme_says_is_missing_raises_and_says_so(what, call):

@@ -574,24 +574,28 @@ def test_semantics_09_fxfunc_stop_gradient_is_detach(mode):
 
 
 @both_modes
-@pytest.mark.parametrize(
-    "call",
-    [lambda loss, x: torch.autograd.grad(loss, x)[0], lambda loss, x: loss.backward()],
-    ids=["torch.autograd.grad", "Tensor.backward"],
-)
-def test_semantics_09_autograd_inside_is_refused_by_name(call, mode):
+def test_semantics_09_backward_inside_is_refused_by_name(mode):
     def f(x):
-        return (call((x**2).sum(), x) * x).sum()
+        return ((x**2).sum().backward() * x).sum()
 
-    line = call.__code__.co_firstlineno
-    for transform in (lambda f: f, fxfunc.grad, fxfunc.vmap, fxfunc.jacfwd):
-        if transform(f) is f and mode == "uncompiled":
-            continue
+    for transform in (fxfunc.grad, fxfunc.vmap, fxfunc.jacfwd):
         w = matrix().requires_grad_()
-        with pytest.raises(errors.UnsupportedInside, match=r"torch\.autograd.*Use fxfunc\.grad") as raised:
+        with pytest.raises(errors.UnsupportedInside, match=r"backward.*Use torch.autograd.grad, or fxfunc\.grad") as raised:
             MODES[mode](transform(f), w)
-        assert raised.value.source == f"{__file__}:{line}"
+        assert raised.value.source == f"{__file__}:{f.__code__.co_firstlineno + 1}"
         assert w.grad is None
+
+
+@both_modes
+@pytest.mark.parametrize("saved", [torch.tanh, torch.sigmoid, torch.exp, torch.sqrt, lambda x: x.softmax(0)])
+def test_semantics_09_what_autograd_detaches_is_differentiated(saved, mode):
+    """torch.autograd.grad detaches the outputs it saves; the derivative of its result goes through them all the same."""
+
+    def first(x):
+        return torch.autograd.grad((saved(x) * x).sum(), x, create_graph=True)[0]
+
+    got = MODES[mode](fxfunc.jacrev(first), vector())
+    same(got, torch.func.jacrev(torch.func.grad(lambda x: (saved(x) * x).sum()))(vector()))
 
 
 # ----- ordinary autograd around us ------------------------------------------------------------------------------------
@@ -1428,14 +1432,11 @@ VALUES = {
     "allclose": lambda x: x * torch.allclose(x, x),
     "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
 }
-TRANSFORMS = {
-    "grad": lambda f: fxfunc.grad(lambda x: f(x).sum()),
-    "vjp": lambda f: lambda x: fxfunc.vjp(f, x)[0],
-    "jvp": lambda f: lambda x: fxfunc.jvp(f, (x,), (x,)),
+TRANSFORMS = {  # of one example alone: test_inside.py
     "vmap": lambda f: lambda x: fxfunc.vmap(f)(torch.stack([x, x])),
     "jit": fxfunc.jit,
     "jit of vmap of grad": lambda f: fxfunc.jit(
-        lambda x: fxfunc.vmap(TRANSFORMS["grad"](f))(torch.stack([x, x]))
+        lambda x: fxfunc.vmap(fxfunc.grad(lambda x: f(x).sum()))(torch.stack([x, x]))
     ),
 }
 

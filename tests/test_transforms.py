@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxfunc
-from fxfunc import errors
 
 F64 = torch.float64
 MODES = {"uncompiled": lambda f: f, "jit": fxfunc.jit}
@@ -762,22 +761,6 @@ def test_stop_gradient(mode):
     for transform in ("grad", "jacfwd", "hessian"):
         got = MODES[mode](getattr(fxfunc, transform)(f))(X)
         same(got, getattr(torch.func, transform)(detached)(X))
-
-
-LATER = {
-    "vmap chunk_size": lambda: fxfunc.vmap(torch.sin, chunk_size=2),
-    "jacrev chunk_size": lambda: fxfunc.jacrev(torch.sin, chunk_size=2),
-    "vmap same": lambda: fxfunc.vmap(torch.sin, randomness="same"),
-    "jacfwd same": lambda: fxfunc.jacfwd(torch.sin, randomness="same"),
-    "jvp strict": lambda: fxfunc.jvp(torch.sin, (X,), (X,), strict=True),
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_what_is_not_there_yet_is_named(name):
-    with pytest.raises(errors.NotSupported, match=r"is not supported.*(Leave|Use|Call)") as raised:
-        LATER[name]()
-    assert name.split()[-1] in str(raised.value)
 
 
 def test_a_gradient_shares_no_memory_with_what_the_function_reads():

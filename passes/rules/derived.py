@@ -16,7 +16,7 @@ from .. import errors
 from ..decompose import tensors_in
 from ..dims import to_torch
 from ..graph import Graph, Val, extract, getitem, linear_call, typed
-from ..infer import infer, on_forget
+from ..infer import forget, infer, on_forget
 from ..jvp import Dual
 from ..record import Value, vals
 from ..trace import trace_torch
@@ -25,6 +25,20 @@ from .table import Undefined
 
 _cache: dict = {}
 on_forget(_cache.clear)
+_enabled = True
+
+
+@contextlib.contextmanager
+def disabled():
+    """Without derived rules: what has no other raises MissingRule, or is batched by a loop."""
+    global _enabled
+    before, _enabled = _enabled, False
+    forget()
+    try:
+        yield
+    finally:
+        _enabled = before
+        forget()
 
 
 class _Signature:
@@ -178,7 +192,7 @@ def jvp_of(jvp, op, args, kwargs, duals: list[Dual]):
     """The Dual (or tuple of Duals) of a call on Duals."""
     from ..jvp import unzip
 
-    _refuse_unknown(op, jvp.b.source)
+    _refuse_unknown(op, "jvp", jvp.b.source)
     s = _Signature(op, args, kwargs)
     y = jvp.b.emit(op, unzip(args, []), {k: unzip(v, []) for k, v in kwargs.items()})
     ys = [y] if s.single else list(y)
@@ -200,17 +214,17 @@ def jvp_of(jvp, op, args, kwargs, duals: list[Dual]):
     return outs[0] if s.single else outs
 
 
-def _refuse_unknown(op, source) -> None:
-    """A prim, or an op of a library that registered no autograd formula: torch would call its derivative zero."""
+def _refuse_unknown(op, rule: str, source) -> None:
+    """A prim, or an op of a library that registered no autograd formula: torch would call its derivative zero; or disabled."""
     keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
     known = any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), k) for k in keys)
-    if op.namespace == "prims" or (op.namespace != "aten" and not known):
-        raise errors.MissingRule(op=op, rule="jvp", source=source)
+    if not _enabled or op.namespace == "prims" or (op.namespace != "aten" and not known):
+        raise errors.MissingRule(op=op, rule=rule, source=source)
 
 
 def transpose_of(b, op, cts: list[Value | None], args, kwargs) -> list[Value]:
     """The cotangents of the linear (`Undefined`) tensors of a call, by the pullback of the op."""
-    _refuse_unknown(op, b.source)
+    _refuse_unknown(op, "transpose", b.source)
     s = _Signature(op, args, kwargs)
     tensors = tensors_in([args, list(kwargs.values())], (Value, Undefined))
     wrt = tuple(i for i, t in enumerate(tensors) if isinstance(t, Undefined))
@@ -251,7 +265,7 @@ def _no_fallback():
 def batch_of(b, op, args, kwargs, tensors, mapped: list[bool], length) -> list[Value] | None:
     """The batched results of a call, from torch's batching rule; None if it has none."""
     s = _Signature(op, args, kwargs)
-    if any(v is None for v in s.out):
+    if not _enabled or any(v is None for v in s.out):
         return None
     graph = _mapped(s, tuple(mapped), length)
     return None if isinstance(graph, str) else b.inline(graph, tensors)
