@@ -59,6 +59,42 @@ case(
     lambda s: (s(s.n), s.pos(s.n)),
     reference=lambda a, b: (a / b).floor() * a,
 )
+case("div_trunc_scalar", lambda a: torch.div(a, 0.7, rounding_mode="trunc") * a, lambda s: (s(3, s.n),), F32)
+case("div_no_mode_scalar", lambda a: torch.div(a, 0.7, rounding_mode=None), lambda s: (s(3, s.n),))
+case("div_no_mode", lambda a, b: torch.div(a, b, rounding_mode=None), lambda s: (s(3, s.n), s.pos(s.n)))
+case(
+    "copy",
+    lambda a, b: aten.copy.default(a, b) * a,
+    lambda s: (s(3, s.n), s(s.n)),
+    reference=lambda a, b: b * a,
+)
+case(
+    "copy_cast",
+    lambda a, b: aten.copy.default(a.float(), b),
+    lambda s: (s(s.n), s(s.n)),
+    adjoint=False,
+    precision=F32,
+    reference=lambda a, b: b.float() + 0 * a.float(),
+)
+case("fill", lambda a: aten.fill.Scalar(a, 2.0) * a, lambda s: (s(3, s.n),), reference=lambda a: a * 2)
+case(
+    "fill_tensor",
+    lambda a, v: aten.fill.Tensor(a, v) * a,
+    lambda s: (s(3, s.n), s()),
+    reference=lambda a, v: v * a,
+)
+case(
+    "bitwise_scalars",
+    lambda a: (
+        a & 3,
+        a | 4,
+        a ^ 5,
+        aten.bitwise_and.Scalar_Tensor(3, a),
+        aten.bitwise_or.Scalar_Tensor(3, a),
+        aten.bitwise_xor.Scalar_Tensor(3, a),
+    ),
+    lambda s: (s.ints(9, 3, s.n),),
+)
 case("remainder", torch.remainder, lambda s: (s(s.n), s.pos(s.n)))
 case("fmod", torch.fmod, lambda s: (s(s.n), s.pos(s.n)))
 case("scalars", lambda a: (2 / (a + 3) - 1) * 0.5, lambda s: (s.pos(s.n),), F32, BF16)
@@ -170,6 +206,10 @@ case("var_mean", lambda a: torch.var_mean(a, 1), lambda s: (s(3, s.n),))
 case("std_mean", lambda a: torch.std_mean(a, 1), lambda s: (s(3, s.n),))
 case("amax", lambda a: a.amax(1), lambda s: (s.distinct(3, s.n),))
 case("amin", lambda a: a.amin((0, 1)), lambda s: (s.distinct(3, s.n),))
+case("var_dim", lambda a: aten.var.dim(a, [1], False, True), lambda s: (s(3, s.n),))
+case("var_all", lambda a: aten.var.default(a, False), lambda s: (s(3, s.n),))
+case("std_dim", lambda a: aten.std.dim(a, [0]), lambda s: (s(3, s.n),))
+case("std_all", lambda a: aten.std.default(a), lambda s: (s(3, s.n),))
 case("aminmax", lambda a: torch.aminmax(a, dim=1), lambda s: (s.distinct(3, s.n),), forward=False)
 case("max", torch.max, lambda s: (s.distinct(3, s.n),))
 case("min", torch.min, lambda s: (s.distinct(3, s.n),))
@@ -288,6 +328,29 @@ case("pad_negative", lambda a: F.pad(a, (-1, 2)), lambda s: (s(2, s.n),))
 case("pad_reflect", lambda a: F.pad(a, (1, 2), mode="reflect"), lambda s: (s(2, s.n),))
 case("pad_replicate", lambda a: F.pad(a, (1, 2), mode="replicate"), lambda s: (s(2, s.n),))
 case("pad_circular", lambda a: F.pad(a, (1, 2), mode="circular"), lambda s: (s(1, 2, s.n),))
+case("pad_reflect_planes", lambda a: F.pad(a, (1, 2, 0, 1), mode="reflect"), lambda s: (s(2, s.n, 3),), F32)
+case(
+    "pad_reflect_volumes",
+    lambda a: F.pad(a, (1, 0, 0, 1, 2, 1), mode="reflect"),
+    lambda s: (s(1, 2, 3, s.n, 2),),
+)
+case(
+    "pad_replicate_planes", lambda a: F.pad(a, (1, 2, -1, 1), mode="replicate"), lambda s: (s(2, 2, s.n, 3),)
+)
+case(
+    "pad_replicate_volumes",
+    lambda a: F.pad(a, (1, 0, 0, 1, 2, 1), mode="replicate"),
+    lambda s: (s(2, 2, s.n, 2),),
+)
+for _name in ("reflection", "replication"):
+    for _rank, _pad in ((1, (1, 2)), (2, (1, 2, 0, 1)), (3, (1, 2, 0, 1, 1, 1))):
+        _op = getattr(aten, f"{_name}_pad{_rank}d_backward")
+        case(
+            f"pad_{_name}_backward{_rank}d",
+            lambda ct, op=_op, pad=_pad: op(ct, ct.new_zeros((2, *_unpadded(ct, pad))), pad),
+            lambda s, rank=_rank: (s(2, *(5, 4, s.n + 3)[3 - rank :]),),
+            skip="vmap",  # the zeros are made per example
+        )
 case("pixel_shuffle", lambda a: F.pixel_shuffle(a, 2), lambda s: (s(1, 4, s.n, 2),))
 case("meshgrid", lambda a, b: torch.meshgrid(a, b, indexing="ij"), lambda s: (s(s.n), s(2)))
 case("broadcast_tensors", lambda a, b: torch.broadcast_tensors(a, b), lambda s: (s(s.n), s(2, 1)))
@@ -346,6 +409,34 @@ case(
     lambda a: F.avg_pool2d(a, 3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
     lambda s: (s(2, s.n + 2, 6),),
 )
+case("avg_pool1d_options", lambda a: F.avg_pool1d(a, 3, 2, 1, True, False), lambda s: (s(3, s.n + 2),), F32)
+case("adaptive_avg_pool1d", lambda a: F.adaptive_avg_pool1d(a, 2), lambda s: (s(2, 3, s.n),))
+case(
+    "max_pool2d_backward",
+    lambda ct, a, i: aten.max_pool2d_with_indices_backward(ct, a, [2, 2], [2, 1], [0, 0], [1, 1], False, i),
+    lambda s: (s(2, 2, 3), s(2, 4, s.n + 1)[..., :4], s.ints(16, 2, 2, 3)),
+    reference=lambda ct, a, i: _added_at(ct, a, i, 2),
+)
+case(
+    "max_pool3d_backward",
+    lambda ct, a, i: aten.max_pool3d_with_indices_backward(
+        ct, a, [2, 2, 2], [1, 1, 1], [0, 0, 0], [1, 1, 1], False, i
+    ),
+    lambda s: (s(2, 1, 2, s.n - 1), s(2, 2, 3, s.n), s.ints(6 * s.n, 2, 1, 2, s.n - 1)),
+    reference=lambda ct, a, i: _added_at(ct, a, i, 3),
+)
+case(
+    "adaptive_max_pool2d_backward",
+    aten.adaptive_max_pool2d_backward,
+    lambda s: (s(2, 2, 2), s(2, 3, s.n), s.ints(3 * s.n, 2, 2, 2)),
+    reference=lambda ct, a, i: _added_at(ct, a, i, 2),
+)
+case(
+    "adaptive_max_pool3d_backward",
+    aten.adaptive_max_pool3d_backward,
+    lambda s: (s(1, 1, 2, 2), s(1, 2, 3, s.n), s.ints(6 * s.n, 1, 1, 2, 2)),
+    reference=lambda ct, a, i: _added_at(ct, a, i, 3),
+)
 case("adaptive_avg_pool2d", lambda a: F.adaptive_avg_pool2d(a, (2, 1)), lambda s: (s(2, 3, s.n, 4),))
 case("interpolate_nearest", lambda a: F.interpolate(a, scale_factor=2), lambda s: (s(2, 2, s.n, 3),))
 case(
@@ -359,6 +450,39 @@ case(
     lambda a: F.interpolate(a, size=(5, 4), mode="bicubic"),
     lambda s: (s(1, 2, s.n, 3),),
 )
+for _mode, _rank in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3)):
+    case(
+        f"interpolate_scale_{_mode}",
+        lambda a, mode=_mode: F.interpolate(a, scale_factor=1.7, mode=mode),
+        lambda s, rank=_rank: (s(1, 2, *(2, 3, s.n)[3 - rank :]),),
+        F32,
+    )
+    case(
+        f"interpolate_vec_{_mode}",
+        lambda a, op=getattr(aten, f"upsample_{_mode}{_rank}d"): op.vec(
+            a, None, *_corners(op), [1.6] * (a.ndim - 2)
+        ),  # noqa: B008
+        lambda s, rank=_rank: (s(1, 2, *(2, 3, s.n)[3 - rank :]),),
+    )
+case("interpolate_exact", lambda a: F.interpolate(a, 5, mode="nearest-exact"), lambda s: (s(2, 2, s.n),))
+case(
+    "interpolate_exact2d",
+    lambda a: F.interpolate(a, (5, 4), mode="nearest-exact"),
+    lambda s: (s(1, 2, s.n, 3),),
+)
+case(
+    "interpolate_exact3d",
+    lambda a: F.interpolate(a, (4, 3, 5), mode="nearest-exact"),
+    lambda s: (s(1, 2, s.n, 2, 3),),
+)
+for _mode in ("bilinear", "bicubic"):
+    case(
+        f"interpolate_{_mode}_antialias",
+        lambda a, mode=_mode: F.interpolate(a, (2, 5), mode=mode, antialias=True),
+        lambda s: (s(1, 2, s.n + 1, 3),),
+    )
+case("fold_unbatched", lambda a: F.fold(a, (3, 4), 2, padding=1, stride=2), lambda s: (s(4 * (s.n - 2), 6),))
+case("unfold_strided", lambda a: F.unfold(a, 2, dilation=2, stride=(1, 2)), lambda s: (s(2, 2, s.n, 5),))
 case("fold", lambda a: F.fold(a, (a.shape[-1] // 2 + 1, 2), (2, 1)), lambda s: (s(1, 4, 2 * (s.n - 1)),))
 case("unfold_im2col", lambda a: F.unfold(a, (2, 2), padding=1), lambda s: (s(1, 2, s.n, 3),))
 
@@ -604,6 +728,23 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+
+def _unpadded(ct, pad):
+    """The sizes that padding made those of `ct`, outermost first."""
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    return [s - lo - hi for s, (lo, hi) in zip(ct.shape[-len(pairs) :], pairs, strict=True)]
+
+
+def _corners(op):
+    """align_corners, where an interpolation has it."""
+    return [] if "nearest" in str(op) else [True]
+
+
+def _added_at(ct, a, i, rank):
+    """Each plane's cotangents added at flat places."""
+    flat = lambda x: x.flatten(-rank)
+    return flat(a * 0).scatter_add(-1, flat(i), flat(ct)).reshape(a.shape)
 
 
 def s_n(a) -> int:

@@ -1,6 +1,6 @@
 """The rule rows, by family. Importing this package fills the table."""
 
-from . import conv, indexing, loss, matmul, norm, pointwise, random, reduce, region, shape
+from . import conv, indexing, loss, matmul, norm, pointwise, random, reduce, region, resample, shape
 from .table import ROWS, Row, Undefined
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "random",
     "reduce",
     "region",
+    "resample",
     "shape",
 ]

@@ -11,7 +11,7 @@ from ..batch import Mapped
 from ..dims import numel
 from ..record import Value, aten
 from .shape import zeros_like
-from .table import linear, rule
+from .table import composite, linear, rule
 
 CONV, BACKWARD = aten.convolution.default, aten.convolution_backward.default
 
@@ -285,33 +285,40 @@ _adaptive(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.
 _adaptive(aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default, 3)
 
 
-def _upsampling(forward, backward, rank: int):
-    """Interpolation by size: its adjoint takes the input's size."""
-    linear(
-        forward, lambda ct, a, size, *how: ct.call(backward, size, list(a.shape), *how), batch=planes(rank)
-    )
-    linear(
-        backward,
-        lambda ct, g, size, input_size, *how: ct.call(forward, size, *how),
-        batch=lambda ctx, op, args, kwargs: _upsampled(ctx, op, rank, *args),
-    )
+def _in_plane(pool):
+    """A pool of vectors as a pool of planes of one row."""
+
+    def pooled(a, *sizes_and_how):
+        y = pool(a.reshape([*a.shape[:-1], 1, a.shape[-1]]), *sizes_and_how)
+        return y.reshape([*y.shape[:-2], y.shape[-1]])
+
+    return pooled
 
 
-def _upsampled(ctx, op, rank, ct, size, input_size, *how):
-    x = ct.x.reshape([ctx.length * ct.shape[0], *ct.shape[1:]])
-    out = ctx.b.emit(op, (x, size, [ctx.length * input_size[0], *input_size[1:]], *how))
-    return out.reshape([ctx.length, *ctx.out.shape])
+def _avg_pool1d(a, kernel, stride=(), padding=(0,), *how):
+    stride = stride or kernel
+    return a.call(aten.avg_pool2d.default, [1, *kernel], [1, *stride], [0, *padding], *how)
 
 
-for _name, _rank in (
-    ("nearest1d", 1),
-    ("nearest2d", 2),
-    ("nearest3d", 3),
-    ("linear1d", 1),
-    ("bilinear2d", 2),
-    ("bicubic2d", 2),
-    ("trilinear3d", 3),
-):
-    _upsampling(
-        getattr(aten, "upsample_" + _name).default, getattr(aten, f"upsample_{_name}_backward").default, _rank
-    )
+composite(aten.avg_pool1d.default, _in_plane(_avg_pool1d))
+composite(
+    aten.adaptive_avg_pool1d.default,
+    _in_plane(lambda a, size: a.call(aten._adaptive_avg_pool2d.default, [1, *size])),
+)
+
+
+def _to_maxima(rank: int):
+    """The adjoint of a max pool: each plane's cotangents added at the saved places. Indices are the last argument."""
+
+    def scattered(ct, a, *how):
+        flat = lambda x: x.reshape([*x.shape[:-rank], numel(x.shape[-rank:])])
+        added = flat(zeros_like(ct, a)).call(aten.scatter_add.default, -1, flat(how[-1]), flat(ct))
+        return added.reshape(list(a.shape))
+
+    return scattered
+
+
+composite(aten.max_pool2d_with_indices_backward.default, _to_maxima(2))
+composite(aten.max_pool3d_with_indices_backward.default, _to_maxima(3))
+composite(aten.adaptive_max_pool2d_backward.default, _to_maxima(2))
+composite(aten.adaptive_max_pool3d_backward.default, _to_maxima(3))

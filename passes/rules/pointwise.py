@@ -48,6 +48,10 @@ elementwise(
     lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t / b,
     lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t * (-y / b),
 )
+elementwise(aten.div.Scalar_mode, lambda t, y, a, b, *, rounding_mode: None if rounding_mode else t / b)
+composite(aten.copy.default, lambda a, b, non_blocking=False: b.to(a.dtype).expand(a.shape))
+composite(aten.fill.Scalar, lambda a, value: a.full(a.shape, value))
+composite(aten.fill.Tensor, lambda a, value: value.to(a.dtype).expand(a.shape))
 
 
 def _conj(x):
@@ -309,4 +313,7 @@ for _op in (
     zero(_op.default, batch=pointwise)
 for _op in (aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.floor_divide):
     zero(_op.Tensor if hasattr(_op, "Tensor") else _op.default, batch=pointwise)
+for _op in (aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor):
+    zero(_op.Scalar, batch=pointwise)
+    zero(_op.Scalar_Tensor, batch=pointwise)
 zero(aten.heaviside.default, batch=pointwise)

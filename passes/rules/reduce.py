@@ -65,6 +65,7 @@ def _var(t, y, a, dim=None, *, correction=None, keepdim=False):
     return (t * weight).to(y.dtype.to_real()).sum(dims_of(a, dim), keepdim)
 
 
+rule(aten.std.correction, jvp=[_std], batch=along("dim"))
 rule(aten.var.correction, jvp=[_var], batch=along("dim"))
 rule(
     aten.var_mean.correction,
@@ -76,6 +77,18 @@ rule(
     ],
     batch=along("dim"),
 )
+
+
+def _spread(op):
+    """var or std with `unbiased` in place of a correction."""
+    return lambda a, dim=None, unbiased=True, keepdim=False: a.call(
+        op.correction, dim, correction=int(unbiased), keepdim=keepdim
+    )
+
+
+for _op in (aten.var, aten.std):
+    composite(_op.dim, _spread(_op))
+    composite(_op.default, (lambda spread: lambda a, unbiased=True: spread(a, None, unbiased))(_spread(_op)))
 
 
 # ----- extrema: ties share, as in torch -------------------------------------------------------------------------------

@@ -107,6 +107,6 @@ def zero(op, *, batch) -> None:
     )
 
 
-def composite(op, function, *, batch=None) -> None:
-    """The op as a composition of ops that have rows; `batch` only where the composition would batch badly."""
-    _add(op, Row(None, None, batch, function))
+def composite(op, function, *, jvp=None, transpose=None, batch=None) -> None:
+    """The op as a composition of ops that have rows; other rules only where the composition's own would be bad or not torch's."""
+    _add(op, Row(jvp, transpose, batch, function))
