@@ -451,6 +451,7 @@ case(
     lambda s: (s(1, 2, s.n, 3),),
 )
 for _mode, _rank in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3)):
+    _op = getattr(aten, f"upsample_{_mode}{_rank}d")
     case(
         f"interpolate_scale_{_mode}",
         lambda a, mode=_mode: F.interpolate(a, scale_factor=1.7, mode=mode),
@@ -459,9 +460,7 @@ for _mode, _rank in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic",
     )
     case(
         f"interpolate_vec_{_mode}",
-        lambda a, op=getattr(aten, f"upsample_{_mode}{_rank}d"): op.vec(
-            a, None, *_corners(op), [1.6] * (a.ndim - 2)
-        ),  # noqa: B008
+        lambda a, op=_op: op.vec(a, None, *_corners(op), [1.6] * (a.ndim - 2)),
         lambda s, rank=_rank: (s(1, 2, *(2, 3, s.n)[3 - rank :]),),
     )
 case("interpolate_exact", lambda a: F.interpolate(a, 5, mode="nearest-exact"), lambda s: (s(2, 2, s.n),))
@@ -511,6 +510,60 @@ case(
     "batch_norm_eval",
     lambda a, m, v, w, b: F.batch_norm(a, (m / 2).to(a.dtype), (v + 1).to(a.dtype), w, b),
     lambda s: (s(3, 2, s.n, 2), s.ints(3, 2), s.ints(3, 2), s(2), s(2)),
+)
+case(
+    "layer_norm_backward",
+    lambda ct, a, w: _layer_norm_backward(ct, a, w),
+    lambda s: (s(2, 3, s.n), s(2, 3, s.n), s(3, s.n)),
+    F32,
+    reference=lambda ct, a, w: _pulled(
+        lambda a, w, b: _normed(a, tuple(range(-w.ndim, 0))) * w + b, ct, a, w, w
+    ),
+)
+case(
+    "layer_norm_backward_detached",
+    lambda ct, a, w: _layer_norm_backward(ct, a, w, torch.Tensor.detach),
+    lambda s: (s(2, s.n), s(2, s.n), s(s.n)),
+    reference=lambda ct, a, w: _pulled(
+        lambda a, w, b: _normed(a, tuple(range(-w.ndim, 0))) * w + b, ct, a, w, w
+    ),
+)
+case(
+    "layer_norm_backward_plain",
+    lambda ct, a: _layer_norm_backward(ct, a, None)[0],
+    lambda s: (s(s.n), s(s.n)),
+    reference=lambda ct, a: _pulled(lambda a: _normed(a, (0,)), ct, a)[0],
+)
+case(
+    "group_norm_backward",
+    lambda ct, a, w: _group_norm_backward(ct, a, w),
+    lambda s: (s(2, 4, s.n), s(2, 4, s.n), s(4)),
+    F32,
+    reference=lambda ct, a, w: _pulled(_grouped, ct, a, w, w),
+)
+case(
+    "batch_norm_backward",
+    lambda ct, a, w: _batch_norm_backward(ct, a, w, True),
+    lambda s: (s(3, 2, s.n), s(3, 2, s.n), s(2)),
+    F32,
+    reference=lambda ct, a, w: _pulled(
+        lambda a, w, b: _normed(a, (0, 2)) * w[:, None] + b[:, None], ct, a, w, w
+    ),
+)
+case(
+    "batch_norm_backward_eval",
+    lambda ct, a, w, m: _batch_norm_backward(ct, a, w, False, m),
+    lambda s: (s(3, 2, s.n), s(3, 2, s.n), s(2), s.ints(3, 2)),
+    reference=lambda ct, a, w, m: _pulled(
+        lambda a, w, b: _fixed(a, m[:, None].to(a.dtype)) * w[:, None] + b[:, None], ct, a, w, w
+    ),
+)
+case(
+    "dropout_backward",
+    lambda ct, m: aten.native_dropout_backward(ct, m, 2.5),
+    lambda s: (s(3, s.n), s.bools(3, s.n)),
+    F32,
+    reference=lambda ct, m: ct * m.to(ct.dtype) * 2.5,
 )
 case("rms_norm", lambda a, w: F.rms_norm(a, w.shape, w), lambda s: (s(2, 3, s.n), s(s.n)))
 case("local_response_norm", lambda a: F.local_response_norm(a, 2), lambda s: (s(2, 3, s.n),))
@@ -728,6 +781,48 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+
+def _pulled(f, ct, *xs):
+    """The cotangents that torch pulls back."""
+    return torch.func.vjp(f, *xs)[1](ct)
+
+
+def _normed(a, dims):
+    """By statistics over these dims, in ops whose derivatives torch has to any order."""
+    centred = a - a.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + 0.1).rsqrt()
+
+
+def _grouped(a, w, b):
+    return _normed(a.reshape(a.shape[0], 2, -1), (2,)).reshape(a.shape) * w[:, None] + b[:, None]
+
+
+def _fixed(a, mean):
+    return (a - mean) * (mean * mean + 0.1).rsqrt()
+
+
+def _layer_norm_backward(ct, a, w, saved=lambda x: x):
+    """By statistics of its own, detached or not."""
+    shape = a.shape if w is None else w.shape
+    dims = tuple(range(-len(shape), 0))
+    mean, var = a.mean(dims, True), a.var(dims, correction=0, keepdim=True)
+    mask = [True, w is not None, w is not None]
+    return aten.native_layer_norm_backward(ct, a, shape, saved(mean), saved((var + 0.1).rsqrt()), w, w, mask)
+
+
+def _group_norm_backward(ct, a, w):
+    rows = a.reshape(a.shape[0], 2, -1)
+    mean, rstd = rows.mean(-1), (rows.var(-1, correction=0) + 0.1).rsqrt()
+    return aten.native_group_norm_backward(ct, a, mean, rstd, w, *a.shape, 2, [True] * 3)
+
+
+def _batch_norm_backward(ct, a, w, train, m=None):
+    if train:
+        mean, rstd = a.mean((0, 2)), (a.var((0, 2), correction=0) + 0.1).rsqrt()
+        return aten.native_batch_norm_backward(ct, a, w, None, None, mean, rstd, True, 0.1, [True] * 3)
+    m = m.to(a.dtype)
+    return aten.native_batch_norm_backward(ct, a, w, m, m * m, None, None, False, 0.1, [True] * 3)
 
 
 def _unpadded(ct, pad):

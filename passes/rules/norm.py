@@ -6,12 +6,16 @@ d xhat = rstd (t - mean(t) - xhat mean(t xhat)).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..batch import Mapped
 from ..dims import numel
+from ..graph import stop_gradient
 from ..record import Value, aten
-from .table import rule
+from .composed import through
+from .table import composite, rule
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -175,3 +179,82 @@ def _in_channels(ctx, op, args, tensors: int):
     y, *rest = ctx.b.emit(op, (folded, *vectors, *args[tensors:]))
     y = y.reshape([rows, n, c, *space]).movedim(1, 0)
     return (y, *(r.reshape([n, *v.shape]) for r, v in zip(rest, ctx.out[1:], strict=True)))
+
+
+# ----- backward ops, where a program calls them itself ----------------------------------------------------------------
+
+
+def _tied(value, x):
+    """`value` with the derivatives of `x`, which is the same but for rounding."""
+    stop = lambda v: v.builder.emit(stop_gradient, (v,))
+    return stop(value) + (x - stop(x))
+
+
+def _of_input(x, mean, rstd, dims):
+    """Saved statistics as functions of x, for which PyTorch's second derivatives take them, also where they are detached."""
+    count = numel(x.shape[d] for d in dims)
+    m = x.sum(dims, True) / count
+    var = ((x - m) * (x - m)).sum(dims, True) / count
+    return _tied(mean, m), _tied(rstd.pow(-2), var).pow(-0.5)
+
+
+def _as_given(x, mean, rstd, dims):
+    return mean, rstd
+
+
+def _norm_backward(statistics, ct, x, mean, rstd, w, dims, over):
+    """(of x, of the weight, of the bias), the last two summed over `over`; mean and rstd keep `dims` as 1, w broadcasts.
+
+    Statistics that are not of x (None) are fixed.
+    """
+    ct, x, mean, rstd, w = map(_wide, (ct, x, mean, rstd, w))
+    mean, rstd = (statistics or _as_given)(x, mean, rstd, dims)
+    xhat, g = (x - mean) * rstd, ct if w is None else ct * w
+    if statistics:
+        count = numel(x.shape[d] for d in dims)
+        g = g - g.sum(dims, True) / count - xhat * ((g * xhat).sum(dims, True) / count)
+    return rstd * g, (ct * xhat).sum(over), ct.sum(over)
+
+
+def _shaped(parts, shapes, dtypes, mask):
+    return tuple(
+        p.reshape(list(shape)).to(dtype) if wanted else None
+        for p, shape, dtype, wanted in zip(parts, shapes, dtypes, mask, strict=True)
+    )
+
+
+def _dtypes(x, w) -> list[torch.dtype]:
+    return [x.dtype, *[(x if w is None else w).dtype] * 2]
+
+
+def _layer_backward(statistics, ct, x, size, mean, rstd, w, b, mask):
+    split = x.ndim - len(size)
+    parts = _norm_backward(statistics, ct, x, mean, rstd, w, list(range(split, x.ndim)), list(range(split)))
+    mask = [mask[0], mask[1] and w is not None, mask[2] and b is not None]
+    return _shaped(parts, [x.shape, size, size], _dtypes(x, w), mask)
+
+
+def _group_backward(statistics, ct, x, mean, rstd, w, n, c, space, groups, mask):
+    each = c // groups
+    view, stat = [n, groups, each, space], [n, groups, 1, 1]
+    weight = None if w is None else w.reshape([1, groups, each, 1])
+    ct, rows, mean, rstd = ct.reshape(view), x.reshape(view), mean.reshape(stat), rstd.reshape(stat)
+    parts = _norm_backward(statistics, ct, rows, mean, rstd, weight, [2, 3], [0, 3])
+    return _shaped(parts, [x.shape, [c], [c]], _dtypes(x, w), mask)
+
+
+def _batch_backward(statistics, ct, x, w, running_mean, running_var, mean, rstd, train, eps, mask):
+    if not train:
+        statistics, mean, rstd = None, running_mean, (_wide(running_var) + eps).rsqrt()
+    c, dims = x.shape[1], [0, *range(2, x.ndim)]
+    view = lambda v: None if v is None else v.reshape([1, c, *[1] * (x.ndim - 2)])
+    parts = _norm_backward(statistics, ct, x, view(mean), view(rstd), view(w), dims, dims)
+    return _shaped(parts, [x.shape, [c], [c]], _dtypes(x, w), mask)
+
+
+for _op, _backward in (
+    (aten.native_layer_norm_backward, _layer_backward),
+    (aten.native_group_norm_backward, _group_backward),
+    (aten.native_batch_norm_backward, _batch_backward),
+):
+    composite(_op.default, partial(_backward, _as_given), jvp=through(partial(_backward, _of_input)))

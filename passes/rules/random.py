@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..record import aten
 from .batching import draw
-from .table import rule, zero
+from .table import composite, rule, zero
 
 for _op in (
     aten.rand,
@@ -58,3 +58,4 @@ rule(
     jvp=[_dropped],
     batch=lambda ctx, op, args, kwargs: ctx.b.emit(op, (ctx.lift(args[0]), *args[1:]), kwargs),
 )
+composite(aten.native_dropout_backward.default, lambda ct, mask, scale: ct * mask.to(ct.dtype) * scale)
