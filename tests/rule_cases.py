@@ -568,6 +568,41 @@ case(
 case("rms_norm", lambda a, w: F.rms_norm(a, w.shape, w), lambda s: (s(2, 3, s.n), s(s.n)))
 case("local_response_norm", lambda a: F.local_response_norm(a, 2), lambda s: (s(2, 3, s.n),))
 
+# ----- Fourier transforms ---------------------------------------------------------------------------------------------
+for _norm in ("backward", "ortho", "forward"):
+    case(
+        f"fft_{_norm}", lambda z, norm=_norm: torch.fft.fft(z, norm=norm), lambda s: (s.complex(2, s.n + 2),)
+    )
+    case(
+        f"ifft_{_norm}",
+        lambda z, norm=_norm: torch.fft.ifft2(z, norm=norm),
+        lambda s: (s.complex(2, 3, s.n),),
+    )
+    case(f"rfft_{_norm}", lambda a, norm=_norm: torch.fft.rfft(a, norm=norm), lambda s: (s(2, s.n + 2),), F32)
+    case(
+        f"irfft_{_norm}",
+        lambda z, norm=_norm: (
+            torch.fft.irfft(z, norm=norm),
+            torch.fft.irfft(z, 2 * z.shape[-1] - 1, norm=norm),
+        ),
+        lambda s: (s.complex(2, s.n),),
+    )
+case("fft_real", lambda a: torch.fft.fft(a), lambda s: (s(2, s.n + 2),), F32)
+case("fft_0", lambda z: torch.fft.fft(z, dim=0), lambda s: (s.complex(s.n, 2),))
+case("rfft_planes", lambda a: torch.fft.rfft2(a, dim=(1, 0)), lambda s: (s(s.n, 5, 2),))
+case("rfft_one", lambda a: torch.fft.rfft(a, 1), lambda s: (s(2, s.n),))
+case("rfft_two", lambda a: torch.fft.rfft(a, 2), lambda s: (s(2, s.n),))
+case("irfft_one", lambda z: torch.fft.irfft(z, 1), lambda s: (s.complex(2, s.n),))
+case("irfft_two", lambda z: torch.fft.irfft(z, 2), lambda s: (s.complex(2, s.n),))
+case("irfft_planes", lambda z: torch.fft.irfft2(z, s=(3, 6)), lambda s: (s.complex(2, s.n, 4),))
+case("hfft", lambda z: torch.fft.hfft(z), lambda s: (s.complex(2, s.n),))
+case(
+    "fft_convolution",
+    lambda a, b: torch.fft.irfft(torch.fft.rfft(a, 8) * torch.fft.rfft(b, 8), 8),
+    lambda s: (s(2, s.n), s(3)),
+)
+case("fft_squared", lambda a: torch.fft.rfftn(a).abs().square(), lambda s: (s(2, 3, s.n),))
+
 # ----- losses ---------------------------------------------------------------------------------------------------------
 for _reduction in ("none", "mean", "sum"):
     _how = {"reduction": _reduction}

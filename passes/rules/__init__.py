@@ -1,6 +1,6 @@
 """The rule rows, by family. Importing this package fills the table."""
 
-from . import conv, indexing, loss, matmul, norm, pointwise, random, reduce, region, resample, shape
+from . import conv, fourier, indexing, loss, matmul, norm, pointwise, random, reduce, region, resample, shape
 from .table import ROWS, Row, Undefined
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Row",
     "Undefined",
     "conv",
+    "fourier",
     "indexing",
     "loss",
     "matmul",
