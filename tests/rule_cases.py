@@ -568,6 +568,59 @@ case(
 case("rms_norm", lambda a, w: F.rms_norm(a, w.shape, w), lambda s: (s(2, 3, s.n), s(s.n)))
 case("local_response_norm", lambda a: F.local_response_norm(a, 2), lambda s: (s(2, 3, s.n),))
 
+# ----- distances ------------------------------------------------------------------------------------------------------
+for _p in (0.5, 1.0, 1.5, 2.0, 3.0, torch.inf):
+    case(
+        f"cdist_{_p}",
+        lambda a, b, p=_p: torch.cdist(a, b, p),
+        lambda s: (s(s.n, 3), s(2, 3)),
+        F32,
+        reference=lambda a, b, p=_p: _length(a[:, None] - b, p),
+    )
+    case(
+        f"pdist_{_p}",
+        lambda a, p=_p: torch.pdist(a, p),
+        lambda s: (s(s.n, 3),),
+        F32,
+        reference=lambda a, p=_p: _length(a[_pairs(a)[0]] - a[_pairs(a)[1]], p),
+    )
+    case(
+        f"cdist_backward_{_p}",
+        lambda ct, a, b, p=_p: aten._cdist_backward(ct, a, b, p, torch.cdist(a, b, p)),
+        lambda s: (s(2, s.n), s(2, 3), s(s.n, 3)),
+        reference=lambda ct, a, b, p=_p: _pulled(lambda a: _length(a[:, None] - b, p), ct, a)[0],
+    )
+case(
+    "pdist_backward",
+    lambda ct, a: aten._pdist_backward(ct, a, 3.0, torch.pdist(a, 3.0)),
+    lambda s: (s(s.n * (s.n - 1) // 2), s(s.n, 2)),
+    reference=lambda ct, a: _pulled(lambda a: _length(a[_pairs(a)[0]] - a[_pairs(a)[1]], 3.0), ct, a)[0],
+)
+case(
+    "cdist_count",
+    lambda a, b: (torch.cdist(a, b, 0.0), torch.pdist(a, 0.0)),
+    lambda s: (s(s.n, 3).round(), s(2, 3).round()),
+    reference=lambda a, b: (
+        (a[:, None] != b).sum(-1) + 0 * a.sum(),
+        (a[_pairs(a)[0]] != a[_pairs(a)[1]]).sum(-1) + 0 * a.sum(),
+    ),
+)
+case(
+    "cdist_batches",
+    lambda a, b: torch.cdist(a, b),
+    lambda s: (s(2, 1, s.n, 3), s(3, 2, 3)),
+    reference=lambda a, b: _length(a[..., :, None, :] - b[..., None, :, :], 2.0),
+)
+FIRST_ONLY = "jvp vmap_jvp jvp_vjp vjp_vjp no_grad"  # torch has the reverse formula alone
+FIRST_ONLY += " vmap_vjp"  # and under vmap over cotangents it is wrong
+for _p in (0.5, 1.0, 1.5, 2.0, 3.0, torch.inf):
+    case(
+        f"cdist_zero_distance_{_p}",
+        lambda a, p=_p: (torch.cdist(a, a[:2], p), torch.pdist(torch.cat([a, a[:1]]), p)),
+        lambda s: (s(s.n, 3).round(),),
+        skip=FIRST_ONLY,
+    )
+
 # ----- Fourier transforms ---------------------------------------------------------------------------------------------
 for _norm in ("backward", "ortho", "forward"):
     case(
@@ -816,6 +869,17 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+
+def _length(d, p):
+    """The p-norm of differences without ties and zeros."""
+    if p == torch.inf:
+        return d.abs().amax(-1)
+    return d.abs().pow(p).sum(-1).pow(1 / p)
+
+
+def _pairs(a):
+    return torch.triu_indices(a.shape[0], a.shape[0], 1)
 
 
 def _pulled(f, ct, *xs):

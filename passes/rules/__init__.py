@@ -1,6 +1,20 @@
 """The rule rows, by family. Importing this package fills the table."""
 
-from . import conv, fourier, indexing, loss, matmul, norm, pointwise, random, reduce, region, resample, shape
+from . import (
+    conv,
+    distance,
+    fourier,
+    indexing,
+    loss,
+    matmul,
+    norm,
+    pointwise,
+    random,
+    reduce,
+    region,
+    resample,
+    shape,
+)
 from .table import ROWS, Row, Undefined
 
 __all__ = [
@@ -8,6 +22,7 @@ __all__ = [
     "Row",
     "Undefined",
     "conv",
+    "distance",
     "fourier",
     "indexing",
     "loss",
