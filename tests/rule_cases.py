@@ -766,6 +766,38 @@ case(
     skip="vmap",
 )
 
+# ----- reductions by index --------------------------------------------------------------------------------------------
+for _how in ("sum", "prod", "mean", "amax", "amin"):
+    for _self in (True, False):
+        case(
+            f"scatter_reduce_{_how}_{_self}",
+            lambda a, i, b, how=_how, keep=_self: a.scatter_reduce(1, i, b, how, include_self=keep),
+            lambda s: (s.distinct(3, 4), s.ints(3, 2, s.n), s.distinct(3, s.n + 1) + 0.1),
+            F32,
+            reference=lambda a, i, b, how=_how, keep=_self: _scatter_reduced(a, i, b, how, keep),
+        )
+        if _how != "sum":
+            case(
+                f"index_reduce_{_how}_{_self}",
+                lambda a, i, b, how=_how, keep=_self: a.index_reduce(0, i, b, how, include_self=keep),
+                lambda s: (s.distinct(4, 3), s.ints(3, s.n), s.distinct(s.n, 3) + 0.1),
+                reference=lambda a, i, b, how=_how, keep=_self: (
+                    _scatter_reduced(a.mT, i.expand(3, -1), b.mT, how, keep).mT
+                ),
+            )
+    case(
+        f"scatter_reduce_ties_{_how}",
+        lambda a, i, b, how=_how: a.scatter_reduce(0, i, b, how),
+        lambda s: (s(3, 2).round(), s.ints(3, s.n + 2, 2), s(s.n + 2, 2).round()),
+        skip="" if _how in ("sum", "mean") else FIRST_ONLY,
+    )
+case(
+    "scatter_reduce_zeros",
+    lambda a, i, b: a.scatter_reduce(0, i, b * (b > 0), "prod"),
+    lambda s: (s(2), s.ints(2, s.n + 2), s(s.n + 2)),
+    reference=lambda a, i, b: _scatter_reduced(a[None], i[None], (b * (b > 0))[None], "prod", True)[0],
+)
+
 # ----- attention and recurrence ---------------------------------------------------------------------------------------
 case(
     "attention",
@@ -869,6 +901,20 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+
+def _scatter_reduced(a, i, b, how, keep):
+    """Along the last axis, each place a list: in ops whose derivatives torch has to any order."""
+    rows, columns = i.shape
+    a, b, rest = a[:rows], b[:rows, :columns], a[rows:]
+    here = i[:, None, :] == torch.arange(a.shape[1])[:, None]
+    written = here.any(-1)
+    unit = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "amax": -torch.inf, "amin": torch.inf}[how]
+    old = a if keep else torch.where(written, torch.full_like(a, unit), a)
+    every = torch.cat([old[..., None], torch.where(here, b[:, None, :], unit)], -1)
+    if how == "mean":
+        return torch.cat([every.sum(-1) / (here.sum(-1) + (1 if keep else ~written)), rest])
+    return torch.cat([getattr(every, how)(-1), rest])
 
 
 def _length(d, p):

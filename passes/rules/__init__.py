@@ -13,6 +13,7 @@ from . import (
     reduce,
     region,
     resample,
+    segments,
     shape,
 )
 from .table import ROWS, Row, Undefined
@@ -33,5 +34,6 @@ __all__ = [
     "reduce",
     "region",
     "resample",
+    "segments",
     "shape",
 ]
