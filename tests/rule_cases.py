@@ -485,6 +485,26 @@ case("unfold_strided", lambda a: F.unfold(a, 2, dilation=2, stride=(1, 2)), lamb
 case("fold", lambda a: F.fold(a, (a.shape[-1] // 2 + 1, 2), (2, 1)), lambda s: (s(1, 4, 2 * (s.n - 1)),))
 case("unfold_im2col", lambda a: F.unfold(a, (2, 2), padding=1), lambda s: (s(1, 2, s.n, 3),))
 
+# ----- sampling at a grid ---------------------------------------------------------------------------------------------
+for _mode in ("bilinear", "nearest", "bicubic"):
+    for _padding in ("zeros", "border", "reflection"):
+        for _align in (True, False):
+            _options = {"mode": _mode, "padding_mode": _padding, "align_corners": _align}
+            case(
+                f"grid_sample_{_mode}_{_padding}_{_align}",
+                lambda a, g, how=_options: F.grid_sample(a, g, **how),
+                lambda s: (s(2, 2, s.n, 4), s(2, 3, 2, 2)),
+                F32,
+                reference=lambda a, g, how=_options: _grid_sampled(a, g, **how),
+            )
+            if _mode != "bicubic" and _padding != "border":
+                case(
+                    f"grid_sample_volume_{_mode}_{_padding}_{_align}",
+                    lambda a, g, how=_options: F.grid_sample(a, g, **how),
+                    lambda s: (s(1, 2, 2, s.n, 3), s(1, 2, 1, 2, 3)),
+                    reference=lambda a, g, how=_options: _grid_sampled(a, g, **how),
+                )
+
 # ----- normalisation --------------------------------------------------------------------------------------------------
 case(
     "layer_norm",
@@ -901,6 +921,39 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+
+def _grid_sampled(a, grid, mode, padding_mode, align_corners):
+    """One hat (or box, or cubic) function per element and axis, summed over the whole plane."""
+    weights = []
+    for d, size in enumerate(a.shape[2:]):
+        g = grid[..., a.ndim - 3 - d].flatten(1)
+        u = (g + 1) / 2 * (size - 1) if align_corners else ((g + 1) * size - 1) / 2
+        ends = (0, size - 1) if align_corners else (-0.5, size - 0.5)
+        pad = lambda x, ends=ends, size=size: _pad_place(x, *ends, size, padding_mode)
+        weights.append(_weights_of(u, size, mode, pad))
+    letters = "dhw"[-len(weights) :]
+    out = torch.einsum(f"nc{letters}," + ",".join(f"nk{x}" for x in letters) + "->nck", a, *weights)
+    return out.reshape(*a.shape[:2], *grid.shape[1:-1])
+
+
+def _pad_place(u, low, high, size, padding_mode):
+    if padding_mode == "reflection":
+        u = low + (u - low).remainder(2 * (high - low))
+        u = torch.where(u > high, 2 * high - u, u)
+    return u if padding_mode == "zeros" else u.clamp(0, size - 1)
+
+
+def _weights_of(u, size, mode, pad):
+    """[N, K, size]: how much of each element is read."""
+    elements = torch.arange(size, dtype=u.dtype)
+    if mode == "bicubic":
+        taps = u.floor()[..., None] + torch.arange(-1, 3)
+        d, a = (u[..., None] - taps).abs(), -0.75
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        return (torch.where(d <= 1, near, far)[..., None] * (pad(taps)[..., None] == elements)).sum(-2)
+    d = (pad(u)[..., None] - elements).abs()
+    return (d < 0.5).to(u.dtype) + 0 * d if mode == "nearest" else (1 - d).clamp_min(0)
 
 
 def _scatter_reduced(a, i, b, how, keep):

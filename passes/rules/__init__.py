@@ -13,6 +13,7 @@ from . import (
     reduce,
     region,
     resample,
+    sampling,
     segments,
     shape,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "reduce",
     "region",
     "resample",
+    "sampling",
     "segments",
     "shape",
 ]
