@@ -385,6 +385,20 @@ def _statistics(x, weight, shape):
     return (Val(shape, dtype, x.device),) * 2
 
 
+def _embedding_bag(
+    w, indices, offsets, by_frequency=False, mode=0, sparse=False, weights=None, last=False, padding=-1
+):
+    """On a CPU, where the formulas on meta tensors have other sizes for what is saved."""
+    if w.device.type != "cpu" or indices.ndim != 1:
+        return None
+    bags = offsets.shape[0] - bool(last)
+    saved = lambda *shape: Val(shape, indices.dtype, indices.device)
+    summed_at_once = mode == 0 and padding < 0 and w.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    of_indices = saved(0) if summed_at_once else saved(*indices.shape)
+    maxima = saved(bags, w.shape[1]) if mode == 2 else saved(bags)
+    return Val((bags, w.shape[1]), w.dtype, w.device), of_indices, saved(bags), maxima
+
+
 def _batch_norm(x, w, b, *rest):
     return (x, *_statistics(x, w, (x.shape[1],)))
 
@@ -427,6 +441,7 @@ KNOWN = {
         for name in ("eq", "ne", "lt", "le", "gt", "ge")
         for overload in ("Scalar", "Tensor")
     },
+    aten._embedding_bag.default: _embedding_bag,
     aten.where.self: _where,
     aten.gather.default: _gather,
     aten.scatter_add.default: _scatter,

@@ -818,6 +818,48 @@ case(
     reference=lambda a, i, b: _scatter_reduced(a[None], i[None], (b * (b > 0))[None], "prod", True)[0],
 )
 
+# ----- bags of embeddings ---------------------------------------------------------------------------------------------
+for _how in ("sum", "mean", "max"):
+    for _pad in (None, 1):
+        case(
+            f"embedding_bag_{_how}_{_pad}",
+            lambda i, w, how=_how, pad=_pad: F.embedding_bag(i, w, _offsets(i), mode=how, padding_idx=pad),
+            lambda s: (s.ints(4, s.n + 3), s.distinct(4, 2)),
+            F32,
+            reference=lambda i, w, how=_how, pad=_pad: _bagged(i, w, how, pad),
+        )
+    case(
+        f"embedding_bag_offsets_{_how}",
+        lambda i, o, w, how=_how: F.embedding_bag(
+            i, w, torch.cat([o[:1] * 0, o.sort()[0], o[:1] * 0 + len(i)]), mode=how, include_last_offset=True
+        ),
+        lambda s: (s.ints(4, s.n + 3), s.ints(6, 3), s.distinct(4, 2)),
+        reference=lambda i, o, w, how=_how: _bagged(i, w, how, None, torch.cat([o[:1] * 0, o.sort()[0]])),
+    )
+case(
+    "embedding_bag_planes",
+    lambda i, w: F.embedding_bag(i, w),
+    lambda s: (s.ints(4, 2, s.n), s(4, 3)),
+    F32,
+    reference=lambda i, w: w[i].mean(1),
+)
+for _pad in (None, 1):
+    case(
+        f"embedding_bag_weights_{_pad}",
+        lambda i, w, v, pad=_pad: F.embedding_bag(
+            i, w, _offsets(i), mode="sum", per_sample_weights=v, padding_idx=pad
+        ),
+        lambda s: (s.ints(4, s.n + 3), s(4, 2), s(s.n + 3)),
+        F32,
+        reference=lambda i, w, v, pad=_pad: _bagged(i, w, "sum", pad, weights=v),
+    )
+case(
+    "embedding_bag_saved",
+    lambda i, w: aten._embedding_bag(w, i, _offsets(i), False, 2)[1:],
+    lambda s: (s.ints(4, s.n + 3), s.distinct(4, 2)),
+    reference=lambda i, w: _bag_saved(i, w),
+)
+
 # ----- attention and recurrence ---------------------------------------------------------------------------------------
 case(
     "attention",
@@ -954,6 +996,37 @@ def _weights_of(u, size, mode, pad):
         return (torch.where(d <= 1, near, far)[..., None] * (pad(taps)[..., None] == elements)).sum(-2)
     d = (pad(u)[..., None] - elements).abs()
     return (d < 0.5).to(u.dtype) + 0 * d if mode == "nearest" else (1 - d).clamp_min(0)
+
+
+def _offsets(i):
+    """Four bags, the second and the last of them empty."""
+    return torch.tensor([0, 2, 2, len(i)])
+
+
+def _bagged(i, w, how, pad, offsets=None, weights=None):
+    """Bags by their bounds: each a sum (or a maximum) over all indices, those of other bags and padding masked."""
+    offsets = _offsets(i) if offsets is None else offsets
+    ends = torch.cat([offsets[1:], offsets[:1] * 0 + len(i)])
+    place = torch.arange(len(i))
+    inside = (offsets[:, None] <= place) & (place < ends[:, None])
+    inside = inside if pad is None else inside & (i != pad)
+    rows = w[i] if weights is None else w[i] * weights[:, None]
+    if how == "max":
+        best = torch.where(inside[..., None], rows, -torch.inf)
+        first = best.argmax(1, keepdim=True)
+        return torch.where(inside.any(1)[:, None], rows.expand(best.shape).gather(1, first)[:, 0], 0.0)
+    out = inside.to(w.dtype) @ rows
+    return out if how == "sum" else out / inside.sum(1).clamp_min(1)[:, None]
+
+
+def _bag_saved(i, w):
+    """(bag of each index, size of each bag, index of each maximum)."""
+    place = torch.arange(len(i))
+    bag = torch.where(place < 2, 0, 2)
+    rows = torch.where((bag == torch.arange(4)[:, None])[..., None], w[i], -torch.inf)
+    best = i[rows.argmax(1)]
+    sizes = torch.stack([(bag == b).sum() for b in range(4)])
+    return bag, sizes, torch.where(sizes[:, None] > 0, best, 0)
 
 
 def _scatter_reduced(a, i, b, how, keep):

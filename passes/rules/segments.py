@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
+from ..batch import Mapped
 from ..errors import DynamicShape
 from ..record import Value, aten
-from .indexing import _all_lifted, _vector
+from .composed import through
+from .indexing import _all_lifted, _vector, arange
 from .table import composite, rule
 
 GATHER, ADD = aten.gather.default, aten.scatter_add.default
@@ -116,3 +120,86 @@ def _index_reduce(a, dim, index, src, reduce, *, include_self=True):
 
 
 composite(aten.index_reduce.default, _index_reduce)
+
+
+# ----- bags of embeddings -----------------------------------------------------------------------------------------------
+BAG, PUT = aten._embedding_bag.default, aten.index_put.default
+SUM, MEAN, MAX = 0, 1, 2
+
+
+def _bags(offsets, count, last) -> tuple[Value, int]:
+    """The bag of each of `count` indices, and how many bags there are; the `last` offset starts none."""
+    offsets = offsets.call(aten.slice.Tensor, 0, 0, offsets.shape[0] - 1) if last else offsets
+    starts = offsets.full([count + 1], 0, torch.int64).call(
+        PUT, [offsets], offsets.full([], 1, torch.int64), True
+    )
+    return starts.call(aten.cumsum.default, 0).call(aten.slice.Tensor, 0, 0, count) - 1, offsets.shape[0]
+
+
+def _totals(x, bags, count: int) -> Value:
+    return x.full([count, *x.shape[1:]], 0).call(PUT, [bags], x, True)
+
+
+def _sizes(indices, bags, count, padding, dtype) -> Value:
+    """How many indices each bag has, padding apart."""
+    return _totals(indices.ne(padding).to(dtype), bags, count)
+
+
+def _linear_bag(w, indices, offsets, by_frequency, mode, sparse, weights, last, padding) -> Value:
+    """Rows by index, added up by bag; an empty one is 0."""
+    bags, count = _bags(offsets, indices.shape[0], last)
+    rows = w.call(aten.embedding.default, indices, -1, by_frequency)
+    rows = rows if weights is None else rows * weights.reshape([-1, 1])
+    if padding >= 0:
+        rows = indices.eq(padding).reshape([-1, 1]).where(0.0, rows)
+    out = _totals(rows, bags, count)
+    if mode == SUM:
+        return out
+    return out / _sizes(indices, bags, count, padding, w.dtype).clamp_min(1).reshape([-1, 1])
+
+
+def _bag_arguments(by_frequency=False, mode=SUM, sparse=False, weights=None, last=False, padding=-1):
+    return by_frequency, mode, sparse, weights, last, padding
+
+
+def _bag_jvp(ts, y, w, indices, offsets, *how):
+    how = _bag_arguments(*how)
+    _, mode, _, _, last, padding = how
+    if mode != MAX:
+        ts = [*ts, *[None] * (9 - len(ts))]
+        return (through(_linear_bag)(ts, None, w, indices, offsets, *how), None, None, None)
+    bags, count = _bags(offsets, indices.shape[0], last)
+    full = _sizes(indices, bags, count, padding, w.dtype).gt(0).reshape([-1, 1])
+    return full.where(ts[0].call(aten.gather.default, 0, y[3]), 0.0), None, None, None
+
+
+def _bag_batch(ctx, op, args, kwargs):
+    """Bags of all examples end to end; weights that carry the axis are laid end to end, too, padding behind them."""
+    w, indices, offsets, *how = args
+    by_frequency, mode, sparse, weights, last, padding = _bag_arguments(*how)
+    n, rows, count, bags = ctx.length, w.shape[0], indices.shape[0], ctx.out[0].shape[0]
+    index, start = ctx.lift(indices), ctx.lift(offsets).call(aten.slice.Tensor, 1, 0, bags)
+    shift = lambda x, by: arange(x, n, x.dtype).reshape([n, 1]) * by
+    start = (start + shift(start, count)).reshape([-1])
+    if isinstance(w, Mapped):
+        moved, table = index + shift(index, rows), w.x.reshape([n * rows, w.shape[1]])
+        if padding >= 0:
+            moved, table = index.eq(padding).where(n * rows, moved), _one_more(table)
+            padding = n * rows
+    else:
+        moved, table = index, w
+    weights = None if weights is None else ctx.lift(weights).reshape([-1])
+    call = (table, moved.reshape([-1]), start, by_frequency, mode, sparse, weights, False, padding)
+    y, *saved = (o.reshape([n, -1, *o.shape[1:]]) for o in ctx.b.emit(op, call, kwargs))
+    if saved[0].shape[1]:
+        saved[0] = saved[0] - shift(saved[0], bags)
+    if mode == MAX and isinstance(w, Mapped):
+        saved[2] = (saved[2] - shift(saved[2], rows).reshape([n, 1, 1])).clamp_min(0)
+    return (y, *saved)
+
+
+def _one_more(table) -> Value:
+    return table.call(aten.constant_pad_nd.default, [0, 0, 0, 1], 0)
+
+
+rule(BAG, jvp=_bag_jvp, batch=_bag_batch)
