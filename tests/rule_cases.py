@@ -9,6 +9,8 @@ from rule_harness import Case
 aten = torch.ops.aten
 F32, BF16, C128 = torch.float32, torch.bfloat16, torch.complex128
 CASES: list[Case] = []
+# Where torch has a reverse formula alone, and under vmap over cotangents none or (cdist) a wrong one.
+FIRST_ONLY = "jvp vmap_jvp jvp_vjp vjp_vjp no_grad vmap_vjp"
 
 
 def case(name, f, args, *dtypes, **options) -> None:
@@ -631,8 +633,6 @@ case(
     lambda s: (s(2, 1, s.n, 3), s(3, 2, 3)),
     reference=lambda a, b: _length(a[..., :, None, :] - b[..., None, :, :], 2.0),
 )
-FIRST_ONLY = "jvp vmap_jvp jvp_vjp vjp_vjp no_grad"  # torch has the reverse formula alone
-FIRST_ONLY += " vmap_vjp"  # and under vmap over cotangents it is wrong
 for _p in (0.5, 1.0, 1.5, 2.0, 3.0, torch.inf):
     case(
         f"cdist_zero_distance_{_p}",
@@ -721,6 +721,52 @@ case(
     reference=lambda a, y: (-(y * 2 - 1) * a).exp().log1p().mean(),
 )
 
+for _reduction in ("none", "mean", "sum"):
+    _how = {"reduction": _reduction}
+    case(
+        f"multi_margin_{_reduction}",
+        lambda a, t, how=_how: F.multi_margin_loss(a, t, p=2, margin=0.7, **how),
+        lambda s: (s(3, s.n), s.ints(s.n, 3)),
+        F32,
+        reference=lambda a, t, how=_how: _reduced_as(_margins(a, t, 0.7).square().sum(1) / a.shape[1], **how),
+    )
+    case(
+        f"multilabel_margin_{_reduction}",
+        lambda a, t, how=_how: F.multilabel_margin_loss(a, t, **how),
+        lambda s: (s(3, s.n), torch.tensor([[1, 0, -1, 2], [-1, 0, 1, 2], [2, 1, 0, -1]])[:, : s.n]),
+        F32,
+        reference=lambda a, t, how=_how: _reduced_as(_label_margins(a, t), **how),
+    )
+case(
+    "multi_margin_weights",
+    lambda a, t, w: F.multi_margin_loss(a, t, weight=w.to(a.dtype)),
+    lambda s: (s(3, s.n), s.ints(s.n, 3), s.ints(5, s.n)),
+    reference=lambda a, t, w: (_margins(a, t, 1.0).sum(1) * w.to(a.dtype)[t] / a.shape[1]).mean(),
+)
+case(
+    "multi_margin_one",
+    lambda a, t: F.multi_margin_loss(a, t.reshape(())),
+    lambda s: (s(s.n), s.ints(s.n, 1)),
+    reference=lambda a, t: _margins(a[None], t, 1.0).mean(),
+)
+case(
+    "multi_margin_at_the_margin",
+    lambda a, t: F.multi_margin_loss(a, t),
+    lambda s: (s(3, s.n).round(), s.ints(s.n, 3)),
+    skip=f"{FIRST_ONLY} vmap",
+)
+case(
+    "multilabel_margin_one",
+    lambda a, t: F.multilabel_margin_loss(a, t),
+    lambda s: (s(s.n), torch.tensor([2, 0, -1, 1])[: s.n]),
+    reference=lambda a, t: _label_margins(a[None], t[None])[0],
+)
+case(
+    "multilabel_margin_at_the_margin",
+    lambda a, t: F.multilabel_margin_loss(a, t),
+    lambda s: (s(2, s.n).round(), torch.tensor([[2, 0, -1, 1], [1, -1, 0, 0]])[:, : s.n]),
+    skip=f"{FIRST_ONLY} vmap",
+)
 case("poisson_nll", F.poisson_nll_loss, lambda s: (s(3, s.n), s.pos(3, s.n)))
 case("hinge_embedding", F.hinge_embedding_loss, lambda s: (s(3, s.n), s(3, s.n).sign()))
 case("triplet", F.triplet_margin_loss, lambda s: (s(3, s.n), s(3, s.n), s(3, s.n)))
@@ -853,6 +899,17 @@ for _pad in (None, 1):
         F32,
         reference=lambda i, w, v, pad=_pad: _bagged(i, w, "sum", pad, weights=v),
     )
+case(
+    "embedding_bag_by_frequency",
+    lambda i, w: F.embedding_bag(i, w, _offsets(i), scale_grad_by_freq=True),
+    lambda s: (s.ints(4, s.n + 3), s(4, 2)),
+    skip=f"{FIRST_ONLY} vmap",
+    adjoint=False,  # torch scales gradients, not tangents
+    # torch's own kernel divides by the counts of other indices
+    reference=lambda i, w: _bagged(
+        torch.arange(len(i)), F.embedding(i, w, scale_grad_by_freq=True), "mean", None, _offsets(i)
+    ),
+)
 case(
     "embedding_bag_saved",
     lambda i, w: aten._embedding_bag(w, i, _offsets(i), False, 2)[1:],
@@ -1146,6 +1203,24 @@ def _masked_write(a, m):
     y = a * 2
     y[m] = 1.0
     return y
+
+
+def _reduced_as(x, reduction):
+    return x if reduction == "none" else getattr(x, reduction)()
+
+
+def _margins(a, t, margin):
+    """How far each class comes within the margin of the target's, which is left out."""
+    others = torch.arange(a.shape[1]) != t[:, None]
+    return torch.where(others, (a - a.gather(1, t[:, None]) + margin).relu(), 0.0)
+
+
+def _label_margins(a, t):
+    """As the definition has it: a sum over targets (up to the first -1) and all others."""
+    given = (t >= 0).to(torch.int64).cumprod(1).bool()
+    hit = ((t[:, :, None] == torch.arange(a.shape[1])) & given[:, :, None]).any(1)
+    gaps = (1 - (a.gather(1, t.clamp_min(0))[:, :, None] - a[:, None])).relu()
+    return torch.where(given[:, :, None] & ~hit[:, None], gaps, 0.0).sum((1, 2)) / a.shape[1]
 
 
 def _weighted_cross_entropy(a, t, w, smoothing, ignored):

@@ -6,6 +6,7 @@ import torch
 
 from ..dims import numel
 from ..record import Value, aten
+from .indexing import arange
 from .table import composite
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -79,3 +80,43 @@ def _weights(weight: Value, index: Value):
 
 composite(aten.nll_loss_forward.default, _nll)
 composite(aten.nll_loss2d_forward.default, _nll)
+
+
+# ----- margins: nothing flows at the margin itself, as in torch ---------------------------------------------------------
+
+
+def _positive(x):
+    return x.gt(0).where(x, 0.0)
+
+
+def _rows(x):
+    return x if x.ndim == 2 else x.reshape([1, -1])
+
+
+def _multi_margin(x, target, p=1, margin=1, weight=None, reduction=MEAN):
+    """How far each other class comes within the margin of the target's."""
+    rows, index = _rows(x), target.reshape([-1, 1])
+    gap = _positive(rows - rows.call(aten.gather.default, 1, index) + margin)
+    gap = gap if p == 1 else _square(gap)
+    gap = gap if weight is None else gap * _weights(weight, index)
+    others = arange(index, rows.shape[1]).ne(index)
+    loss = others.where(gap, 0.0).sum([1]) / rows.shape[1]
+    return _reduced(loss if x.ndim == 2 else loss.reshape(list(target.shape)), reduction)
+
+
+def _multilabel_margin(x, target, reduction):
+    """(loss, which classes are targets): how far each other class comes within 1 of each target, up to the first -1."""
+    rows, index = _rows(x), _rows(target)
+    given = index.lt(0).to(torch.int64).call(aten.cumsum.default, 1).eq(0)
+    index = given.where(index, 0)
+    hits = rows.full(rows.shape, 0).call(aten.scatter_add.default, 1, index, given.to(x.dtype)).gt(0)
+    n, c = rows.shape
+    gap = _positive(1 - rows.call(aten.gather.default, 1, index).reshape([n, c, 1]) + rows.reshape([n, 1, c]))
+    counts = given.reshape([n, c, 1]) & ~hits.reshape([n, 1, c])
+    loss = counts.where(gap, 0.0).sum([1, 2]) / c
+    loss = _reduced(loss if x.ndim == 2 else loss.reshape([]), reduction)
+    return loss, hits.to(x.dtype).reshape(list(x.shape))
+
+
+composite(aten.multi_margin_loss.default, _multi_margin)
+composite(aten.multilabel_margin_loss_forward.default, _multilabel_margin)
