@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxfunc.passes import errors
 from fxfunc.passes.concrete import Concrete
@@ -34,23 +35,24 @@ _torch_call = torch.autograd.function.custom_function_call
 
 @contextlib.contextmanager
 def hooks():
-    """While a capture is under way, Function.apply takes the path that it takes under torch.func, which ends in `_call`.
+    """While a capture is under way, `PATCHES` are in place of what torch has there.
 
-    Functions bound earlier (`f = F.apply`) take it too. Other threads, and code outside a capture, see no change.
+    Function.apply so takes the path that it takes under torch.func, which ends in `_call`, also for functions bound earlier
+    (`f = F.apply`). Other threads, and code outside a capture, see no change.
     """
     global _depth
     with _lock:
         _depth += 1
-        torch._C._are_functorch_transforms_active = _active
-        torch.autograd.function.custom_function_call = _dispatch
+        for (owner, name), (_, ours) in PATCHES.items():
+            setattr(owner, name, ours)
     try:
         yield
     finally:
         with _lock:
             _depth -= 1
             if not _depth:
-                torch._C._are_functorch_transforms_active = _torch_active
-                torch.autograd.function.custom_function_call = _torch_call
+                for (owner, name), (theirs, _) in PATCHES.items():
+                    setattr(owner, name, theirs)
 
 
 def _active() -> bool:
@@ -67,6 +69,27 @@ def _in_user_code() -> bool:
 
 def _dispatch(function: type[Function], *args, **kwargs):
     return _call(function, args, kwargs) if _in_user_code() else _torch_call(function, *args, **kwargs)
+
+
+class _Checkpoint:
+    """torch.utils.checkpoint under a capture is the function itself: what is kept and what is computed again is decided on
+    the finished graph. So it draws once, whatever `preserve_rng_state`.
+
+    Stands for CheckpointFunction (use_reentrant=True). Without it nothing is needed: torch's hooks on what autograd saves
+    are never called, since tracers save nothing.
+    """
+
+    @staticmethod
+    def apply(run, preserve_rng_state: bool, *args):
+        return run(*args) if _in_user_code() else CheckpointFunction.apply(run, preserve_rng_state, *args)
+
+
+# (owner, name) -> what torch has there, what stands in for it during a capture.
+PATCHES = {
+    (torch._C, "_are_functorch_transforms_active"): (_torch_active, _active),
+    (torch.autograd.function, "custom_function_call"): (_torch_call, _dispatch),
+    (torch.utils.checkpoint, "CheckpointFunction"): (CheckpointFunction, _Checkpoint),
+}
 
 
 def _registered(op):

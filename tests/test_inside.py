@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import fxfunc
 from fxfunc import errors
@@ -262,3 +263,89 @@ def test_autograd_calls_that_are_refused(f, message):
 def test_a_mask_that_broadcasts_selects_from_copies():
     f = lambda x: torch.masked_select(x, torch.stack([x > 0, x < 0.5])).exp().sum()
     torch.testing.assert_close(fxfunc.grad(f)(X), torch.func.grad(f)(X))
+
+
+# ----- torch.utils.checkpoint -----------------------------------------------------------------------------------------
+
+LAYERS = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+SHIFT = nn.Parameter(random(5))
+
+
+def _block(x, scale=2.0):
+    return (LAYERS(x) * SHIFT * scale + x).exp()
+
+
+def _kept_sines():
+    return create_selective_checkpoint_contexts([torch.ops.aten.tanh.default])
+
+
+CHECKPOINTS = {
+    "reentrant": {"use_reentrant": True},
+    "reentrant, rng not kept": {"use_reentrant": True, "preserve_rng_state": False},
+    "hooks": {"use_reentrant": False},
+    "hooks, rng not kept": {"use_reentrant": False, "preserve_rng_state": False},
+    "keyword of the function": {"use_reentrant": False, "scale": 3.0},
+    "selective": {"use_reentrant": False, "context_fn": _kept_sines},
+}
+NESTINGS = TRANSFORMS | {
+    "hessian": lambda api, f: api.hessian(f)(X),
+    "vmap of grad": lambda api, f: api.vmap(api.grad(f), randomness="same")(torch.stack([X, X.sin()])),
+    "grad of vmap": lambda api, f: api.grad(lambda xs: api.vmap(f, randomness="same")(xs).pow(2).sum())(
+        torch.stack([X, X.sin()])
+    ),
+    "jit": lambda api, f: (fxfunc.jit if api is fxfunc else lambda g: g)(api.grad(f))(X),
+}
+
+
+@pytest.mark.parametrize("transform", NESTINGS)
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_a_checkpoint_is_the_function(how, transform):
+    options = CHECKPOINTS[how]
+    plain = lambda x: _block(x, options.get("scale", 2.0)).sum()
+    kept = lambda x: checkpoint(_block, x, **options).sum()
+    torch.testing.assert_close(NESTINGS[transform](fxfunc, kept), NESTINGS[transform](torch.func, plain))
+
+
+@pytest.mark.parametrize("transform", NESTINGS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_sequence_of_checkpoints_is_the_sequence(use_reentrant, transform):
+    kept = lambda x: checkpoint_sequential(LAYERS, 2, x, use_reentrant=use_reentrant).sum()
+    plain = lambda x: LAYERS(x).sum()
+    torch.testing.assert_close(NESTINGS[transform](fxfunc, kept), NESTINGS[transform](torch.func, plain))
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("transform", ["grad", "second", "jvp of grad", "jit", "vmap of grad"])
+def test_a_checkpoint_draws_once(transform, use_reentrant, preserve):
+    def plain(x):
+        return (nn.functional.dropout(x.sin(), 0.5) * x).pow(2).sum()
+
+    def kept(x):
+        return checkpoint(plain, x, use_reentrant=use_reentrant, preserve_rng_state=preserve)
+
+    results = []
+    for f in (kept, plain):
+        torch.manual_seed(3)
+        results.append((NESTINGS[transform](fxfunc, f), torch.rand(2)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_reads_its_parameters_anew_and_has_their_gradients(use_reentrant):
+    layer = nn.Linear(5, 5).double()
+    loss = lambda p: checkpoint(
+        lambda x: fxfunc.functional_call(layer, p, (x,)).tanh().sum(), X, use_reentrant=use_reentrant
+    )
+    gradient = fxfunc.jit(fxfunc.grad(loss))
+    for factor in (1.0, 2.0):
+        params = {k: v.detach() * factor for k, v in layer.named_parameters()}
+        plain = lambda p: torch.func.functional_call(layer, p, (X,)).tanh().sum()
+        torch.testing.assert_close(gradient(params), torch.func.grad(plain)(params))
+
+
+def test_checkpoints_outside_of_a_capture_are_torchs_own():
+    x = X.clone().requires_grad_()
+    fxfunc.grad(lambda x: checkpoint(_block, x, use_reentrant=True).sum())(X)
+    y = checkpoint(torch.sin, x, use_reentrant=True)
+    assert type(y.grad_fn).__name__ == "CheckpointFunctionBackward"
