@@ -1,6 +1,6 @@
 """A lowered graph as straight-line Python over ATen. Entry points: `emit` (a callable), `source` (its text).
 
-Values are freed right after their last use. Symbolic sizes are read off the input shapes once. A `scan` is a Python loop.
+Values are freed right after their last use. Symbolic sizes are read off the input shapes once. `scan` is a loop, `cond` an if.
 Outputs are ordinary tensors: an output that is an input is that very tensor, one that views an input shares its memory, as
 in torch.func. No two outputs share memory otherwise, and none shares it with a constant of the graph: what would is copied.
 """
@@ -22,7 +22,7 @@ from torch.fx import Node
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size
 from fxfunc.passes.dump import saw_source
-from fxfunc.passes.graph import Graph, Literal, Op, Val, constant, getitem, root, scan
+from fxfunc.passes.graph import Graph, Literal, Op, Val, cond, constant, getitem, root, scan
 
 from .calls import best
 from .loops import Kernel
@@ -216,6 +216,9 @@ class _Writer:
         if n.target is scan:
             self.scan(n, indent)
             return
+        if n.target is cond:
+            self.cond(n, indent)
+            return
         call = self.call(n)
         where = n.meta.get("source")
         tail = f"  # {_comment(where)}" if where else ""
@@ -328,6 +331,22 @@ class _Writer:
         elif len(self.lines) == before:
             self.lines.append(f"{indent}pass")
 
+    # ---- branches ----
+
+    def cond(self, n: Node, indent: str) -> None:
+        """An if over the value of the predicate."""
+        *branches, pred, operands = n.args
+        result, where = self.name(n), n.meta.get("source")
+        tail = f"  # {_comment(where)}" if where else ""
+        for head, body in zip((f"if {self.names[pred]}:{tail}", "else:"), branches, strict=True):
+            self.lines.append(f"{indent}{head}")
+            self.names |= {inner: self.names[x] for x, inner in zip(operands, body.inputs, strict=True)}
+            self.block(body, indent + "    ", set())
+            outs = [self.names[x] for x in body.outputs]
+            self.lines.append(f"{indent}    {result} = [{', '.join(outs)}]")
+            if own := sorted({self.names[x] for x in body.outputs if x in body.nodes}):
+                self.lines.append(f"{indent}    del {', '.join(own)}")
+
     # ---- results ----
 
     def results(self) -> list[str]:
@@ -337,7 +356,7 @@ class _Writer:
         for n in self.graph.outputs:
             owner = None if n is None else root(n)
             copied = n is not None and (
-                owner in seen and owner not in self.graph.inputs or _is_constant(owner)
+                owner in seen and owner not in self.graph.inputs or _is_constant(owner) or _is_shared(owner)
             )
             seen.add(owner)
             out.append(
@@ -386,6 +405,18 @@ def _used(graph: Graph) -> set[Node | None]:
 
 def _is_constant(owner: object) -> bool:
     return isinstance(owner, Node) and owner.target is constant
+
+
+def _is_shared(owner: object) -> bool:
+    """True for a result of a cond that in one branch has the memory of an operand, a constant or another result."""
+    if not (isinstance(owner, tuple) and owner[0].target is cond):
+        return False
+    for body in owner[0].args[:2]:
+        roots = [root(x) for x in body.outputs]
+        inside = roots[owner[1]]
+        if inside in body.inputs or roots.count(inside) > 1 or _is_constant(inside) or _is_shared(inside):
+            return True
+    return False
 
 
 def _dims_used(graph: Graph) -> list[str]:

@@ -5,6 +5,7 @@ from fxfunc.passes.dims import Dim as Dim
 
 from . import errors as errors
 from .artifact import load as load
+from .control import cond as cond
 from .control import fori_loop as fori_loop
 from .control import scan as scan
 from .custom import register_rule as register_rule

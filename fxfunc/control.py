@@ -1,4 +1,7 @@
-"""Loops as regions: `scan` and `fori_loop`, with JAX's signatures. The body is captured once, whatever the length."""
+"""Control flow as regions: `scan`, `fori_loop` and `cond`, with JAX's signatures. A body is captured once, whatever the length.
+
+torch.cond and torch's scan become these inside a capture; a torch.while_loop is the Python loop that it says.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
+from fxfunc.passes.concrete import value_of
 from fxfunc.passes.dims import from_torch
 from fxfunc.passes.graph import Graph, Val, extract
 from fxfunc.passes.infer import rewriting
-from fxfunc.passes.record import Builder
-from fxfunc.passes.regions import emit_scan
+from fxfunc.passes.record import Builder, aten
+from fxfunc.passes.regions import emit_cond, emit_scan
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.tracer import tracked, val_of
 
-from .capture import capture, check_tensors, execute, is_tensor
+from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of
+from .custom import CONTROL
 from .entry import entry
 
 
@@ -52,6 +57,113 @@ def fori_loop(lower: int, upper: int, body_fun, init_val):
     device = next((x.device for x in pytree.tree_leaves(init_val) if is_tensor(x)), None)
     steps = torch.arange(lower, max(lower, upper), device=device)
     return scan(lambda val, i: (body_fun(i, val), None), init_val, steps)[0]
+
+
+@entry
+def cond(pred, true_fun, false_fun, *operands):
+    """`true_fun(*operands)` if `pred`, else `false_fun(*operands)`. Follows jax.lax.cond.
+
+    pred: a bool, or a tensor with one element. Both functions are captured and must return the same structure, shapes and
+    dtypes. Only the branch taken is computed, unless a vmap maps pred: then both are, and each example takes its own, also
+    of the derivatives. Of a bool, or a tensor whose value is known, only that branch is called, as it is.
+    Raises StructureMismatch (branches differ), TypeOfArgument (pred), UnsupportedInside (a branch draws), MutatedCapture.
+    """
+    if not is_tensor(pred) or (known := value_of(pred)) is not None:
+        return (true_fun if (known if is_tensor(pred) else pred) else false_fun)(*operands)
+    leaves, spec = pytree.tree_flatten((operands, {}))
+    check_tensors("cond", [pred, *leaves])
+    if from_torch(pred.numel()) != 1:
+        raise errors.TypeOfArgument(
+            what=f"cond: pred has the shape {tuple(pred.shape)}", instead="Give a tensor with one element."
+        )
+    tensors = [x for x in leaves if is_tensor(x)]
+    tracks, vals = [tracked(t) for t in tensors], vals_of(leaves)
+    branches = [capture(f, leaves, spec, vals, tracks=tracks) for f in (true_fun, false_fun)]
+    _check_branches(*branches)
+    closed = list({id(t): t for branch in branches for t in branch.captures}.values())
+    order = {id(t): len(tensors) + i for i, t in enumerate(closed)}
+    places = [(*range(len(tensors)), *(order[id(t)] for t in branch.captures)) for branch in branches]
+    graphs = [branch.graph for branch in branches]
+    graph = _cond_graph(*graphs, val_of(pred), tuple(map(val_of, [*tensors, *closed])), *places)
+    return branches[0].outputs(execute(graph, [pred, *tensors, *closed]))
+
+
+def _check_branches(true: Captured, false: Captured) -> None:
+    """Refuse branches that cannot stand for one another, or draw."""
+    for branch in (true, false):
+        if branch.graph.draws:
+            draw = branch.graph.draws[0]
+            raise errors.UnsupportedInside(
+                what=f"{draw.target} in a branch of cond",
+                instead="Draw the numbers before it, and pass them to the branches.",
+                source=draw.meta.get("source"),
+            )
+    if true.out_spec != false.out_spec:
+        raise errors.StructureMismatch(
+            what=f"cond: one branch returns {true.out_spec}, the other {false.out_spec}",
+            expected="the same structure from both",
+        )
+    left, right = (branch.outputs(branch.graph.out_vals) for branch in (true, false))
+    for x, y in zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True):
+        if type(x) is not type(y) or x != y:
+            raise errors.StructureMismatch(
+                what=f"cond: one branch returns {x} where the other returns {y}",
+                expected="the same shapes and dtypes from both",
+            )
+
+
+@rewriting
+def _cond_graph(true: Graph, false: Graph, pred: Val, vals: tuple[Val, ...], *places) -> Graph:
+    """pred + operands and captures -> the outputs; `places` says which of them each branch takes."""
+    b = Builder(SIMPLIFY)
+    choice = b.input(pred, "pred").reshape([])
+    if choice.dtype != torch.bool:
+        choice = choice.call(aten.ne.Scalar, 0)
+    inputs = [b.input(v, "x") for v in vals]
+    bodies = [_over(g, vals, where) for g, where in zip((true, false), places, strict=True)]
+    return b.finish(emit_cond(b, *bodies, choice, inputs))
+
+
+def _over(graph: Graph, vals: tuple[Val, ...], where: tuple[int, ...]) -> Graph:
+    """A graph as one of all these values, of which it takes those at `where`."""
+    b = Builder(SIMPLIFY)
+    inputs = [b.input(v, "x") for v in vals]
+    return b.finish(b.inline(graph, [inputs[i] for i in where]))
+
+
+def _torch_scan(combine, init, xs):
+    """torch's scan, of flat carry and xs; `combine` takes them flat and returns (carry, y) as the user has them."""
+    specs = []
+
+    def step(carry, x):
+        new, y = combine(*carry, *x)
+        leaves, spec = pytree.tree_flatten(new)
+        specs.append(spec)
+        return leaves, y
+
+    carry, ys = scan(step, list(init), list(xs))
+    return pytree.tree_unflatten(carry, specs[0]), ys
+
+
+def _torch_while_loop(condition, body, carried, additional):
+    """torch.while_loop as a loop of Python: how often it runs has to be known."""
+    while True:
+        again = condition(*carried, *additional)
+        known = value_of(again) if is_tensor(again) else again
+        if known is None:
+            raise errors.ValueDependent(op="torch.while_loop; fxfunc.fori_loop takes a number of steps")
+        if not known:
+            return tuple(carried)
+        carried = body(*carried, *additional)
+
+
+CONTROL.update(
+    {
+        "cond": lambda pred, true, false, operands: cond(pred, true, false, *operands),
+        "scan": _torch_scan,
+        "while_loop": _torch_while_loop,
+    }
+)
 
 
 def _item(val: Val) -> Val:

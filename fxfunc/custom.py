@@ -84,11 +84,29 @@ class _Checkpoint:
         return run(*args) if _in_user_code() else CheckpointFunction.apply(run, preserve_rng_state, *args)
 
 
+# Operators of torch that take functions, as torch calls them -> what records one; fxfunc/control.py fills it.
+CONTROL: dict[str, Callable] = {}
+_torch_compile_and_call = torch._higher_order_ops.utils._hop_compile_and_call
+
+
+def _control(function, args, kwargs=None):
+    """What torch.cond and its kin call in eager code: they would have Dynamo trace their functions."""
+    if not _in_user_code():
+        return _torch_compile_and_call(function, args, kwargs)
+    name = getattr(function, "__qualname__", function.__name__).split(".")[0]
+    if name not in CONTROL:
+        raise errors.UnsupportedInside(
+            what=f"torch's {name}", instead="Use fxfunc.vmap, fxfunc.scan, fxfunc.fori_loop or fxfunc.cond."
+        )
+    return CONTROL[name](*args, **(kwargs or {}))
+
+
 # (owner, name) -> what torch has there, what stands in for it during a capture.
 PATCHES = {
     (torch._C, "_are_functorch_transforms_active"): (_torch_active, _active),
     (torch.autograd.function, "custom_function_call"): (_torch_call, _dispatch),
     (torch.utils.checkpoint, "CheckpointFunction"): (CheckpointFunction, _Checkpoint),
+    (torch._higher_order_ops.utils, "_hop_compile_and_call"): (_torch_compile_and_call, _control),
 }
 
 

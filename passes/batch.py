@@ -14,6 +14,7 @@ from .dims import Size
 from .graph import (
     Graph,
     Val,
+    cond,
     custom,
     extract,
     graft,
@@ -27,7 +28,7 @@ from .graph import (
 )
 from .infer import infer
 from .record import Builder, Value, aten, vals
-from .regions import emit_scan
+from .regions import emit_cond, emit_scan
 from .rules.table import ROWS
 from .simplify import SIMPLIFY
 
@@ -183,8 +184,23 @@ def _batched_body(ctx: Batch, body: Graph, flags, carry) -> tuple[Graph, list[bo
     return b.finish([inner.lift(o) if f else o for o, f in zip(outs, out_flags, strict=True)]), out_flags
 
 
+def _batch_cond(ctx: Batch, args, kwargs):
+    """Where examples differ in the predicate both branches are computed, and each takes its own."""
+    true, false, pred, operands = args
+    if isinstance(pred, Mapped):
+        outs = [ctx.b.inline(g, list(operands), ctx.call) for g in (true, false)]
+        return tuple(ctx.call(aten.where.self, (pred, x, y), {}) for x, y in zip(*outs, strict=True))
+    flags = [isinstance(x, Mapped) for x in operands]
+    each = [_batched_outputs(ctx, g, flags) for g in (true, false)]
+    out = [x or y for x, y in zip(*each, strict=True)]
+    bodies = [_batched_body(ctx, g, flags, out)[0] for g in (true, false)]
+    ins = [ctx.lift(x) if f else x for x, f in zip(operands, flags, strict=True)]
+    results = emit_cond(ctx.b, *bodies, pred, ins)
+    return tuple(Mapped(r, v) if f else r for r, f, v in zip(results, out, true.out_vals, strict=True))
+
+
 def lower(graph: Graph) -> Graph:
-    """The graph with maps batched and every other region but scan opened; scan bodies are lowered too."""
+    """The graph with maps batched and every region opened but scan and cond, whose bodies are lowered too."""
     b = Builder(SIMPLIFY)
     return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], _Lower(b).call))
 
@@ -217,6 +233,11 @@ def _lower_scan(b: Builder, args, kwargs):
     return tuple(emit_scan(b, lower(body), list(consts), list(carry), list(xs), **kwargs))
 
 
+def _lower_cond(b: Builder, args, kwargs):
+    true, false, pred, operands = args
+    return tuple(emit_cond(b, lower(true), lower(false), pred, operands))
+
+
 def _lower_linear_call(b: Builder, args, kwargs):
     body, transposed, residuals, operands = args
     if body is None:
@@ -228,10 +249,11 @@ def _lower_custom(b: Builder, args, kwargs):
     return tuple(b.inline(args[0], list(args[-1]), _Lower(b).call))
 
 
-SPECIAL = {scan: _batch_scan}
+SPECIAL = {scan: _batch_scan, cond: _batch_cond}
 LOWER = {
     map_: _lower_map,
     scan: _lower_scan,
+    cond: _lower_cond,
     linear_call: _lower_linear_call,
     custom: _lower_custom,
     stop_reverse: lambda b, args, kwargs: args[0],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .graph import Graph, cone, extract, getitem, is_random, map_, scan
+from .graph import Graph, cond, cone, extract, getitem, is_random, map_, scan
 from .record import Builder
-from .regions import emit_map, emit_scan
+from .regions import emit_cond, emit_map, emit_scan, reads
 
 
 def dce(graph: Graph) -> Graph:
@@ -17,9 +17,9 @@ def dce(graph: Graph) -> Graph:
     for n in graph.nodes:
         if n not in live:
             continue
-        if n.target in (map_, scan) and not is_random(n):
+        if n.target in INSIDE and not is_random(n):
             with b.at(n):
-                env[n] = (_map if n.target is map_ else _scan)(b, n, env, live)
+                env[n] = INSIDE[n.target](b, n, env, live)
         else:
             b.run([n], env)
     return b.finish([None if n is None else env[n] for n in graph.outputs])
@@ -78,7 +78,19 @@ def _live_outputs(body: Graph, n_consts: int, n_carry: int, used: list[int]) -> 
     kept, before = set(used), None
     while kept != before:
         before = set(kept)
-        outputs = [body.outputs[i] for i in kept]
-        reads = {m for n in cone(outputs, set(body.inputs)) for m in n.all_input_nodes} | set(outputs)
-        kept |= {carries[m] for m in reads if m in carries}
+        read = reads(body, [body.outputs[i] for i in kept])
+        kept |= {carries[m] for m in read if m in carries}
     return sorted(kept)
+
+
+def _cond(b: Builder, n: Node, env, live) -> list:
+    """The results of a cond, None where unused."""
+    (true, false, pred, operands), used = n.args, _used(n, live)
+    bodies = [dce(extract(list(g.inputs), [g.outputs[i] for i in used])) for g in (true, false)]
+    results: list = [None] * len(n.meta["val"])
+    for i, value in zip(used, emit_cond(b, *bodies, env[pred], [env[x] for x in operands]), strict=True):
+        results[i] = value
+    return results
+
+
+INSIDE = {map_: _map, scan: _scan, cond: _cond}

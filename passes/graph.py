@@ -114,6 +114,8 @@ graft = Op("graft")
 map_ = Op("map")
 # scan(body, consts, carry, xs; length, reverse): body(*consts, *carry, *x) -> (*carry, *y); results are carry and stacked ys.
 scan = Op("scan")
+# cond(true, false, pred, operands): true(*operands) if pred (a bool of no dims) else false(*operands), whose results are alike.
+cond = Op("cond")
 # custom(body, backward, jvp, operands; wrt, outs, count, origins, name): body(*operands) -> `count` outputs, then residuals;
 #   backward(*residuals, *cotangents of the `outs`) -> cotangents of the operands `wrt`, jvp(*residuals, *tangents of these) ->
 #   tangents of the `outs`; either may be None. origins: which operand i (as i) or output j (as -1 - j) a residual is, or None.
@@ -121,7 +123,7 @@ custom = Op("custom")
 # linear_call(body, transposed, residuals, operands): a linear map given as two graphs, either may be None:
 #   body(*residuals, *operands) and its transpose transposed(*residuals, *cotangents).
 linear_call = Op("linear_call")
-REGIONS = (map_, scan, custom, linear_call)
+REGIONS = (map_, scan, cond, custom, linear_call)
 
 
 class Graph:

@@ -19,6 +19,7 @@ from .dims import Dim, at, numel
 from .graph import (
     Graph,
     Val,
+    cond,
     constant,
     custom,
     graft,
@@ -249,6 +250,7 @@ OWN = {
     graft: lambda new, old: new,
     map_: _map_vals,
     scan: _scan_vals,
+    cond: lambda true, false, pred, operands: tuple(true.out_vals),
     custom: lambda body, *rest, **kwargs: tuple(body.out_vals),
     linear_call: _linear_call_vals,
 }

@@ -1,4 +1,4 @@
-"""Making region nodes in normal form. Entry points: `emit_map`, `emit_chunks` and `emit_scan`.
+"""Making region nodes in normal form. Entry points: `emit_map`, `emit_chunks`, `emit_scan` and `emit_cond`.
 
 Whatever in a body depends on no mapped (or looped) input is computed outside, and an operand that repeats one value along
 the axis is not mapped. So every value inside a map depends on the mapped axis: a residual of a map is always stacked for a
@@ -11,7 +11,20 @@ from torch.fx import Node
 
 from . import errors
 from .dims import Size
-from .graph import Graph, Val, cone, extract, getitem, is_random, map_, reached, scan, substitute
+from .graph import (
+    Graph,
+    Val,
+    cond,
+    cone,
+    constant,
+    extract,
+    getitem,
+    is_random,
+    map_,
+    reached,
+    scan,
+    substitute,
+)
 from .record import Builder, Value, aten
 from .simplify import SIMPLIFY, made_by, number
 
@@ -208,6 +221,47 @@ def emit_scan(b: Builder, body: Graph, consts, carry, xs, length: Size, reverse:
         *results[:m],
         *(stacked[y] if y in stacked else _repeated(given[y], "stack", length) for y in body.outputs[m:]),
     ]
+
+
+def emit_cond(b: Builder, true: Graph, false: Graph, pred: Value, operands) -> list[Value]:
+    """The results of one of two bodies without draws. One that both have alike, an operand or a constant, is made outside."""
+    taken = _truth(pred)
+    if taken is not None or true == false:
+        return b.inline(false if taken is False else true, list(operands))
+    wanted = list(zip(true.outputs, false.outputs, strict=True))
+    given = {pair: _alike(b, (true, false), pair, operands) for pair in wanted}
+    inside = [pair for pair, value in given.items() if value is None]
+    if inside:
+        outs = [list(side) for side in zip(*inside, strict=True)]
+        sides = list(zip((true, false), outs, strict=True))
+        used = [i for i in range(len(operands)) if any(g.inputs[i] in reads(g, o) for g, o in sides)]
+        bodies = [extract([g.inputs[i] for i in used], o) for g, o in sides]
+        values = b.emit(cond, (*bodies, pred, tuple(operands[i] for i in used)))
+        given |= zip(inside, values, strict=True)
+    return [given[pair] for pair in wanted]
+
+
+def _truth(pred: Value) -> bool | None:
+    """What a predicate is known to be."""
+    if made := made_by(pred, constant):
+        return bool(made[0].tensor)
+    return None if (n := number(pred)) is None else bool(n)
+
+
+def _alike(b: Builder, bodies, pair, operands) -> Value | None:
+    """The value of a result that is the same operand, or the same constant, in both bodies."""
+    places = [g.inputs.index(n) if n in g.inputs else None for g, n in zip(bodies, pair, strict=True)]
+    if places[0] is not None or places[1] is not None:
+        return operands[places[0]] if places[0] == places[1] else None
+    if any(reads(g, [n]).intersection(g.inputs) for g, n in zip(bodies, pair, strict=True)):
+        return None
+    true, false = (extract([], [n]) for n in pair)
+    return b.inline(true, [])[0] if true == false else None
+
+
+def reads(body: Graph, outputs) -> set[Node]:
+    """What these outputs of a body, and the calls behind them, read."""
+    return {m for n in cone(outputs, set(body.inputs)) for m in n.all_input_nodes} | set(outputs)
 
 
 def _distinct(xs) -> list:

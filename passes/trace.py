@@ -47,6 +47,8 @@ class Recorder(TorchDispatchMode):
         self.functions = _Functions()
         self.results: list[Tracer | None] = []  # of the last call that had several
 
+    supports_higher_order_operators = True  # so that they come here, to be refused
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would import torch._dynamo to keep it away from this class
@@ -116,6 +118,11 @@ class Recorder(TorchDispatchMode):
         return [None if o is None else Tracer(self, o, tracks) for o in outs]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            raise errors.UnsupportedInside(
+                what=f"the higher-order operator {func}",
+                instead="Use fxfunc.cond, fxfunc.scan, fxfunc.fori_loop or fxfunc.vmap.",
+            )
         if (handler := self._of_library(func)) is not None:
             return handler(self, func, *args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from . import errors
-from .graph import Graph, Op, Val, getitem, map_, scan, subgraphs
+from .graph import Graph, Op, Val, cond, getitem, map_, scan, subgraphs
 from .infer import infer
 
 
@@ -98,3 +98,14 @@ def _region(n: Node, after: str) -> None:
             after,
             f"{n.name}: carry changes type",
         )
+    if n.target is cond:
+        true, false, pred, operands = n.args
+        given, condition = [x.meta["val"] for x in operands], pred.meta["val"]
+        _require(
+            true.in_vals == false.in_vals == given, after, f"{n.name}: operands do not match its branches"
+        )
+        _require(true.out_vals == false.out_vals, after, f"{n.name}: its branches give different types")
+        _require(
+            condition.shape == () and condition.dtype == torch.bool, after, f"{n.name}: pred is {condition}"
+        )
+        _require(not (true.draws or false.draws), after, f"{n.name}: a branch draws random numbers")

@@ -7,11 +7,11 @@ import dataclasses
 from .. import jvp as forward
 from .. import transpose as reverse
 from ..errors import MissingRule
-from ..graph import Graph, Val, custom, extract, linear_call, map_, scan
+from ..graph import Graph, Val, cond, custom, extract, linear_call, map_, scan
 from ..jvp import Dual, Jvp, instantiate
-from ..linearize import linearize
+from ..linearize import Linearized, linearize
 from ..record import Builder, Value
-from ..regions import emit_map, emit_scan
+from ..regions import emit_cond, emit_map, emit_scan
 from ..simplify import SIMPLIFY
 from .table import Undefined
 
@@ -228,6 +228,97 @@ def _carry_linear(body: Graph, parts) -> tuple[Graph, list]:
     return extract([body.inputs[i] for i in order], list(body.outputs)), residuals
 
 
+# ----- cond -----------------------------------------------------------------------------------------------------------
+
+
+def _cond_jvp(jvp: Jvp, args, kwargs):
+    true, false, pred, operands = args
+    nonzero = tuple(d.t is not None for d in operands)
+    primals, tangents = [d.p for d in operands], [d.t for d in operands if d.t is not None]
+    count, vals = len(true.outputs), true.out_vals
+    if jvp.split:
+        cuts = [linearize(g, nonzero, reverse=jvp.reverse) for g in (true, false)]
+        flags = [a or b for a, b in zip(*(cut.nonzero_out for cut in cuts), strict=True)]
+        slots, places = _slots(cuts)
+        firsts = [_primal_branch(cut, at, slots) for cut, at in zip(cuts, places, strict=True)]
+        results = emit_cond(jvp.b, *firsts, pred.p, primals)
+        held = [*results[count:], *primals]
+        thens = [_linear_branch(cut, at, held, tangents, flags) for cut, at in zip(cuts, places, strict=True)]
+        out_tangents = emit_cond(jvp.b, *thens, pred.p, [*held, *tangents])
+        return _zip(results[:count], out_tangents, flags)
+    both = [differentiate(g, nonzero, reverse_mode=jvp.reverse) for g in (true, false)]
+    flags = [a or b for a, b in zip(*(own for _, own in both), strict=True)]
+    bodies = [_padded(g, count, own, flags, vals) for g, own in both]
+    results = emit_cond(jvp.b, *bodies, pred.p, [*primals, *tangents])
+    return _zip(results[:count], results[count:], flags)
+
+
+def _padded(graph: Graph, first: int, own, wanted, vals) -> Graph:
+    """A branch with an output, from `first` on, for each wanted val: zeros where it has none of its `own`."""
+    b = Builder(SIMPLIFY)
+    outs = b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs])
+    return b.finish(outs[:first] + _with_zeros_for(b, outs[first:], own, wanted, vals))
+
+
+def _with_zeros_for(b: Builder, outs, own, wanted, vals) -> list[Value]:
+    given = iter(outs)
+    return [next(given) if o else b.full(v, 0) for o, w, v in zip(own, wanted, vals, strict=True) if w]
+
+
+def _slots(cuts: list[Linearized]) -> tuple[list[Val], list[list[int]]]:
+    """What holds the residuals of the branch taken, and where each branch has its own: a slot, or operand i (as -1 - i)."""
+    slots: list[Val] = []
+    places: list[list[int]] = []
+    for cut in cuts:
+        free = list(range(len(slots)))
+        places.append([])
+        for n in cut.primal.outputs[cut.count :]:
+            if n in cut.primal.inputs:
+                places[-1].append(-1 - cut.primal.inputs.index(n))
+                continue
+            k = next((k for k in free if slots[k] == n.meta["val"]), len(slots))
+            if k == len(slots):
+                slots.append(n.meta["val"])
+            else:
+                free.remove(k)
+            places[-1].append(k)
+    return slots, places
+
+
+def _primal_branch(cut: Linearized, places: list[int], slots: list[Val]) -> Graph:
+    """A branch that fills the slots, with zeros those that only the other one needs."""
+    b = Builder(SIMPLIFY)
+    outs = b.inline(cut.primal, [b.input(n.meta["val"], n.name) for n in cut.primal.inputs])
+    at = dict(zip(places, outs[cut.count :], strict=True))
+    return b.finish(outs[: cut.count] + [at[k] if k in at else b.full(v, 0) for k, v in enumerate(slots)])
+
+
+def _linear_branch(cut: Linearized, places: list[int], held, tangents, wanted) -> Graph:
+    """slots + operands + tangents -> the wanted tangents of the outputs."""
+    b = Builder(SIMPLIFY)
+    known = [b.input(x.val, "saved") for x in held]
+    slots = len(known) - len(cut.primal.inputs)
+    ts = [b.input(t.val, "t") for t in tangents]
+    outs = b.inline(cut.linear, [known[k] if k >= 0 else known[slots - 1 - k] for k in places] + ts)
+    vals = cut.primal.out_vals[: cut.count]
+    return b.finish(_with_zeros_for(b, outs, cut.nonzero_out, wanted, vals))
+
+
+def _cond_transpose(b: Builder, cts, args, kwargs):
+    """A cond of the transposed branches."""
+    true, false, pred, operands = args
+    given = [j for j, ct in enumerate(cts) if ct is not None]
+    parts = [_linear_last(g, operands) for g in (true, false)]
+    _, residuals, linear = parts[0]
+    backs = [transposed(g, len(residuals), given) for g, _, _ in parts]
+    own = [[n is not None for n in back.outputs] for back in backs]
+    wanted = [x or y for x, y in zip(*own, strict=True)]
+    vals = [operands[i].val for i in linear]
+    bodies = [_padded(_without_none(g), 0, o, wanted, vals) for g, o in zip(backs, own, strict=True)]
+    results = iter(emit_cond(b, *bodies, pred, [*(operands[i] for i in residuals), *(cts[j] for j in given)]))
+    return [next(results) if w else None for w in wanted]
+
+
 # ----- custom and linear_call -----------------------------------------------------------------------------------------
 
 
@@ -331,11 +422,20 @@ def _custom_transpose(b: Builder, cts, args, kwargs):
     raise MissingRule(op=kwargs["name"], rule="transpose", source=b.source)
 
 
-forward.SPECIAL.update({map_: _map_jvp, scan: _scan_jvp, linear_call: _linear_call_jvp, custom: _custom_jvp})
+forward.SPECIAL.update(
+    {
+        map_: _map_jvp,
+        scan: _scan_jvp,
+        cond: _cond_jvp,
+        linear_call: _linear_call_jvp,
+        custom: _custom_jvp,
+    }
+)
 reverse.SPECIAL.update(
     {
         map_: _map_transpose,
         scan: _scan_transpose,
+        cond: _cond_transpose,
         linear_call: _linear_call_transpose,
         custom: _custom_transpose,
     }
