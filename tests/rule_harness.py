@@ -252,16 +252,25 @@ TOLERANCE = {
 
 def run(case: Case, check: str, n: int, dtype: torch.dtype = torch.float64) -> None:
     """Compare one check of one case at one size."""
-    if check in case.skip:
-        return
-    p = Problem(case, n, dtype)
-    if p.empty and check != "vmap":
-        return
+    if applies(case, check, n, dtype):
+        agree(case, check, reference(case, check, n, dtype), n, dtype)
+
+
+def applies(case: Case, check: str, n: int, dtype: torch.dtype = torch.float64) -> bool:
+    """Whether a check has anything to compare."""
+    return check not in case.skip and (check == "vmap" or not Problem(case, n, dtype).empty)
+
+
+def reference(case: Case, check: str, n: int, dtype: torch.dtype = torch.float64):
+    """What torch.func gives."""
     theirs = Problem(dataclasses.replace(case, f=case.reference or case.f), n, dtype)
-    expected = CHECKS[check](TORCH if case.forward else TORCH_REVERSE, theirs)
-    compare(
-        CHECKS[check](fxfunc, p), expected, f"{case.name} {check} n={n}", TOLERANCE.get(case.precision, 0)
-    )
+    return CHECKS[check](TORCH if case.forward else TORCH_REVERSE, theirs)
+
+
+def agree(case: Case, check: str, expected, n: int, dtype: torch.dtype = torch.float64) -> None:
+    """Compare what fxfunc gives with what is expected."""
+    ours = CHECKS[check](fxfunc, Problem(case, n, dtype))
+    compare(ours, expected, f"{case.name} {check} n={n}", TOLERANCE.get(case.precision, 0))
 
 
 def compare(ours, theirs, what: str, tolerance: float = 0) -> None:
