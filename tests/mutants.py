@@ -17,7 +17,6 @@ import pickle
 import signal
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,11 +51,13 @@ TESTS = {  # what notices a fault where rule_cases.py does not reach
     graph.scan: ["tests/test_regions.py::test_scans_in_every_nesting"],
     graph.linear_call: ["tests/test_derived.py::test_semantics_11_agrees_with_torch_func"],
     graph.custom: ["tests/test_custom.py::test_semantics_10_function_keeps_its_own_derivative"],
-    graph.graft: ["tests/test_semantics.py::test_semantics_07_writing_under_no_grad_keeps_the_old_derivative"],
+    graph.graft: [
+        "tests/test_semantics.py::test_semantics_07_writing_under_no_grad_keeps_the_old_derivative"
+    ],
     graph.stop_reverse: ["tests/test_semantics.py::test_semantics_06_no_grad_stops_reverse_mode_only"],
     graph.stop_gradient: ["tests/test_semantics.py::test_semantics_09_a_users_detach_stops_both_modes"],
     "draws": [
-        "tests/test_random.py::test_semantics_15_a_row_draws_for_each_example",
+        "tests/test_random.py::test_semantics_15_a_row_draws_for_each_example[{op}]",
         "tests/test_random.py::test_semantics_15_gradients_are_exact_given_what_was_drawn",
     ],
 }
@@ -145,9 +146,14 @@ def swapped(f: Callable, first: int) -> Callable:
 
 def uses_both(f: Callable, first: int) -> bool:
     """Whether a rule reads two arguments from the place `first` on."""
-    names = getattr(f, "__code__", None) and f.__code__.co_varnames[: f.__code__.co_argcount][first : first + 2]
-    loaded = {str(i.argval) for i in dis.get_instructions(f.__code__)} if names else set()
-    return bool(names) and len(names) == 2 and all(any(n in each for each in loaded) for n in names)
+    code = getattr(f, "__code__", None)
+    names = code.co_varnames[: code.co_argcount][first : first + 2] if code else ()
+    read: set = set()
+    for i in dis.get_instructions(code) if code else ():
+        read.update(
+            i.argval if isinstance(i.argval, tuple) else [i.argval]
+        )  # of two names, from Python 3.13 on
+    return len(names) == 2 and set(names) <= read
 
 
 def is_zero(rule: Callable) -> bool:
@@ -167,7 +173,10 @@ def of_row(op, row: Row) -> Iterator[tuple[str, Row]]:
                 if uses_both(f, first):
                     faults["operands"] = swapped(f, first)
                 for name, fault in faults.items():
-                    yield f"{slot}[{i}] {name}", dataclasses.replace(row, **{slot: (*rules[:i], fault, *rules[i + 1 :])})
+                    yield (
+                        f"{slot}[{i}] {name}",
+                        dataclasses.replace(row, **{slot: (*rules[:i], fault, *rules[i + 1 :])}),
+                    )
         elif rules is not None and not is_zero(rules):
             for name, how in {"sign": negated, "dropped": dropped}.items():
                 yield f"{slot} {name}", dataclasses.replace(row, **{slot: after(rules, how)})
@@ -187,7 +196,12 @@ def draws_by_value(op) -> bool:
 
 def of_region(table: str, op, rule) -> Iterator[tuple[str, Callable]]:
     """Faulty versions of a rule of one of our own ops."""
-    if op is graph.stop_gradient and table == "SPECIAL jvp" or op is graph.custom and table == "SPECIAL transpose":
+    if (
+        op is graph.stop_gradient
+        and table == "SPECIAL jvp"
+        or op is graph.custom
+        and table == "SPECIAL transpose"
+    ):
         return  # has no tangent, always raises
     if "batch" not in table:
         yield "sign", after(rule, negated)
@@ -260,7 +274,7 @@ def notices(case: Case, check: str) -> bool:
 def killer(mutant: Mutant, tests) -> str | None:
     """The first test that notices a mutant."""
     if (nodes := nodes_of(mutant)) is not None:
-        outcome = forked(run_tests, mutant.planted, nodes)
+        outcome = forked(run_tests, mutant.planted, nodes, "-x")
         return next((name for name, failed in outcome.items() if failed), None)
     with mutant.planted():
         return next((f"{case.name} {check}" for case, check in tests if notices(case, check)), None)
@@ -268,7 +282,8 @@ def killer(mutant: Mutant, tests) -> str | None:
 
 def nodes_of(mutant: Mutant) -> list[str] | None:
     """The pytest nodes that test an op, where it is not the cases of rule_cases.py."""
-    return TESTS["draws"] if mutant.table == "ROWS" and graph.is_random(mutant.op) else TESTS.get(mutant.op)
+    nodes = TESTS["draws"] if graph.is_random(mutant.op) else TESTS.get(mutant.op)
+    return nodes and [node.format(op=mutant.op) for node in nodes]
 
 
 # ----- running --------------------------------------------------------------------------------------------------------
@@ -290,22 +305,42 @@ class Outcomes:
         return report
 
 
-def run_tests(planted: Callable, nodes: list[str], stop: bool = True) -> dict[str, str | None]:
-    """What each test raised with a fault planted after the tests have been imported."""
-    plugin, out = Outcomes(), io.StringIO()
+class Plant:
+    """A pytest plugin: a fault is planted once the tests have been imported, and no graph is derived yet."""
 
-    class Plant:
-        @pytest.hookimpl(wrapper=True)
-        def pytest_runtestloop(self, session):
-            with planted():
-                return (yield)
+    def __init__(self, planted: Callable):
+        self.planted = planted
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session):
+        with self.planted():
+            return (yield)
+
+
+def _pytest(options: list[str], *plugins) -> tuple[int, str]:
+    """(exit status, what it printed)"""
+    out = io.StringIO()
     os.chdir(ROOT)
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *(["-x"] if stop else [])]
+    plain = ["--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = pytest.main([*options, *nodes], plugins=[plugin, Plant()])
+        return pytest.main([*plain, *options], plugins=plugins), out.getvalue()
+
+
+def collect(nodes) -> None:
+    """Import the tests here, once, for all children."""
+    files = sorted({node.split("::")[0] for node in nodes})
+    torch.testing.assert_close(torch.ones(1), torch.ones(1))  # imports half of torch.distributed
+    status, printed = _pytest(["--collect-only", *files]) if files else (0, "")
+    if status != 0:
+        raise RuntimeError(f"tests cannot be collected\n{printed[-2000:]}")
+
+
+def run_tests(planted: Callable, nodes: list[str], *options: str) -> dict[str, str | None]:
+    """What each test raised with a fault planted."""
+    plugin = Outcomes()
+    status, printed = _pytest([*options, *nodes], plugin, Plant(planted))
     if status not in (0, 1) or not plugin.raised:
-        raise RuntimeError(f"pytest ended with {status!r}\n{out.getvalue()[-2000:]}")
+        raise RuntimeError(f"pytest ended with {status!r}\n{printed[-2000:]}")
     return plugin.raised
 
 
@@ -358,7 +393,9 @@ def _map(jobs: int, function: Callable, count: int) -> Iterator:
         yield from workers.map(function, range(count))
 
 
-def kill_all(chosen: list[Mutant], cases: list[Case] = CASES, jobs: int = 1) -> Iterator[tuple[Mutant, str | None, float]]:
+def kill_all(
+    chosen: list[Mutant], cases: list[Case] = CASES, jobs: int = 1
+) -> Iterator[tuple[Mutant, str | None, float]]:
     """(mutant, the test that notices it or None, seconds)."""
     _shared.update(cases=cases, mutants=chosen, tests={})
     if any(nodes_of(m) is None for m in chosen):
@@ -367,5 +404,6 @@ def kill_all(chosen: list[Mutant], cases: list[Case] = CASES, jobs: int = 1) -> 
                 _shared["tests"].setdefault((slot, op), []).append((case, check))
     for (_, op), tests in _shared["tests"].items():
         tests.sort(key=lambda test: (test[0].name not in op, QUICK.index(test[1])))
+    collect(node for m in chosen for node in nodes_of(m) or ())
     for mutant, (by, seconds) in zip(chosen, _map(jobs, _kill, len(chosen)), strict=True):
         yield mutant, by, seconds

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from rule_harness import Case
 
+import fxfunc
+
 aten = torch.ops.aten
 F32, BF16, C128 = torch.float32, torch.bfloat16, torch.complex128
 CASES: list[Case] = []
@@ -40,6 +42,7 @@ case("acosh", torch.acosh, lambda s: (s.pos(s.n) + 1,))
 case("polygamma", lambda a: torch.polygamma(1, a), lambda s: (s.pos(s.n),))
 for _name in "floor ceil round trunc sign".split():
     case(_name, getattr(torch, _name), lambda s: (s(s.n),))
+TESTS = (torch.isnan, torch.isinf, torch.isfinite, torch.signbit)
 SMOOTH = "elu selu celu softplus logsigmoid softsign tanhshrink"
 for _name in f"{SMOOTH} leaky_relu hardtanh relu6 hardswish hardshrink softshrink".split():
     case(_name, getattr(F, _name), lambda s: (s(3, s.n),))
@@ -97,6 +100,7 @@ case(
     ),
     lambda s: (s.ints(9, 3, s.n),),
 )
+case("remainder_scalar", lambda a: torch.remainder(a, 0.7), lambda s: (s(3, s.n),))
 case("remainder", torch.remainder, lambda s: (s(s.n), s.pos(s.n)))
 case("fmod", torch.fmod, lambda s: (s(s.n), s.pos(s.n)))
 case("scalars", lambda a: (2 / (a + 3) - 1) * 0.5, lambda s: (s.pos(s.n),), F32, BF16)
@@ -135,9 +139,16 @@ case(
 case(
     "logic",
     lambda a, b: (a.logical_and(b), a.logical_or(b), a.logical_xor(b), a.logical_not(), ~b, a ^ b),
-    lambda s: (s.bools(s.n), s.bools(s.n)),
+    lambda s: (s.bools(4, s.n), s.bools(4, s.n)),
 )
-case("tests", lambda a: (a.isnan(), a.isinf(), a.isfinite(), a.signbit()), lambda s: (s(s.n),))
+case(
+    "tests",
+    lambda a: tuple(
+        test((a - 0.3).relu() / (a + 0.3).relu() * a) for test in TESTS
+    ),  # some NaN, some infinite
+    lambda s: (s(4, s.n),),
+)
+case("integer_tests", lambda a, b: (a == 1, a != b, a == b), lambda s: (s.ints(3, 4, s.n), s.ints(3, s.n)))
 case(
     "heaviside",
     lambda a, b: torch.heaviside(a, b),
@@ -207,14 +218,14 @@ case("std", lambda a: a.std(0, keepdim=True), lambda s: (s(3, s.n),))
 case("var_mean", lambda a: torch.var_mean(a, 1), lambda s: (s(3, s.n),))
 case("std_mean", lambda a: torch.std_mean(a, 1), lambda s: (s(3, s.n),))
 case("amax", lambda a: a.amax(1), lambda s: (s.distinct(3, s.n),))
-case("amin", lambda a: a.amin((0, 1)), lambda s: (s.distinct(3, s.n),))
 case("var_dim", lambda a: aten.var.dim(a, [1], False, True), lambda s: (s(3, s.n),))
 case("var_all", lambda a: aten.var.default(a, False), lambda s: (s(3, s.n),))
 case("std_dim", lambda a: aten.std.dim(a, [0]), lambda s: (s(3, s.n),))
 case("std_all", lambda a: aten.std.default(a), lambda s: (s(3, s.n),))
+case("amin", lambda a: a.amin((0, 1)), lambda s: (s.distinct(3, s.n) * s.pos(),))
 case("aminmax", lambda a: torch.aminmax(a, dim=1), lambda s: (s.distinct(3, s.n),), forward=False)
-case("max", torch.max, lambda s: (s.distinct(3, s.n),))
-case("min", torch.min, lambda s: (s.distinct(3, s.n),))
+case("max", torch.max, lambda s: (s.distinct(3, s.n) * s.pos(),))
+case("min", torch.min, lambda s: (s.distinct(3, s.n) * s.pos(),))
 case("max_dim", lambda a: tuple(a.max(1)), lambda s: (s.distinct(3, s.n),))
 case("min_dim", lambda a: tuple(a.min(0, keepdim=True)), lambda s: (s.distinct(3, s.n),))
 case("median_dim", lambda a: tuple(a.median(1)), lambda s: (s.distinct(3, s.n),))
@@ -230,6 +241,11 @@ case(
     "any_all",
     lambda a: (a.any(), a.all(), a.any(1), a.all(0), a.any((0, 1)), a.all((0, 1))),
     lambda s: (s.bools(3, s.n),),
+)
+case(
+    "any_few_all_many",
+    lambda a, b: (a.any(), a.any(1), a.any((0, 1)), b.all(), b.all(1), b.all((0, 1))),
+    lambda s: (s.ints(9, 2, s.n) > 7, s.ints(9, 2, s.n) < 8),
 )
 case("logsumexp", lambda a: a.logsumexp(1), lambda s: (s(3, s.n),))
 case("softmax", lambda a: a.softmax(-1), lambda s: (s(3, s.n),), F32, BF16)
@@ -1020,6 +1036,53 @@ case(
     lambda s: (s(4, 3, s.n), s(3), s(3), s(3)),
     reference=lambda a, w, b, m: F.batch_norm(a, None, None, w, b, training=True) + 0 * m.sum(),
 )
+
+# ----- transposes that no derivative of the op reaches, but the backward of a user's Function may ----------------------
+case(
+    "transposed_masked_fill",
+    lambda ct, m: transposed(lambda g: g.masked_fill(m, 0.0), ct, ct),
+    lambda s: (s(3, s.n), s.bools(3, s.n)),
+    reference=lambda ct, m: torch.where(m, 0.0, ct),
+)
+case(
+    "transposed_masked_fill_tensor",
+    lambda ct, m: transposed(lambda g, v: g.masked_fill(m, v), ct, ct, ct.sum()),
+    lambda s: (s(3, s.n), s.bools(3, s.n)),
+    reference=lambda ct, m: (torch.where(m, 0.0, ct), (ct * m).sum()),
+)
+case(
+    "transposed_complex",
+    lambda ct: transposed(torch.complex, ct, ct.real, ct.imag),
+    lambda s: (s.complex(s.n),),
+    reference=lambda ct: (ct.real, ct.imag),
+)
+case(
+    "transposed_conv2d",
+    lambda ct, w: transposed(lambda x, b: F.conv2d(x, w, b), ct, F.conv_transpose2d(ct, w), w[:, 0, 0, 0]),
+    lambda s: (s(2, 4, s.n, 3), s(4, 3, 2, 2)),
+    reference=lambda ct, w: (F.conv_transpose2d(ct, w), ct.sum((0, 2, 3))),
+)
+
+
+class _Backward(torch.autograd.Function):
+    """A function whose gradient is a linear f of the cotangents, and whose tangent therefore is the transpose of f."""
+
+    @staticmethod
+    def forward(f, x, *like):
+        return tuple(map(torch.zeros_like, like))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.f, ctx.rest = inputs[0], len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx, *cts):
+        return None, ctx.f(*cts), *[None] * ctx.rest
+
+
+def transposed(f, ct, *like):
+    """The transpose of a linear function f of tensors like these, at a cotangent of its result."""
+    return fxfunc.jvp(lambda x: _Backward.apply(f, x, *like), (torch.zeros_like(ct),), (ct,))[1]
 
 
 def _grid_sampled(a, grid, mode, padding_mode, align_corners):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fxfunc
+from fxfunc.passes.graph import is_random
+from fxfunc.passes.rules import ROWS
 
 N = 100_000
 HALF = torch.full((N,), 0.5)
@@ -55,6 +57,53 @@ def test_semantics_15_each_example_draws_its_own_numbers(name):
     assert abs(torch.corrcoef(found.double())[0, 1]) <= 5 / math.sqrt(N)
 
 
+ROW_ARGUMENTS = {
+    **{"size": [N // 5], "n": N // 5, "num_samples": N // 5, "replacement": True, "p": 0.3, "train": True},
+    **{
+        "low": 2,
+        "high": 900,
+        "from": 2,
+        "to": 900,
+        "median": 1.0,
+        "sigma": 2.0,
+        "lambd": 1.5,
+        "mean": 2.0,
+        "std": 0.1,
+    },
+}
+
+
+def _one_draw(op, x):
+    """A random op at a vector: of its tensor arguments, each is `x`; other arguments by their names."""
+
+    def value(a):
+        return x if str(a.type) == "Tensor" else ROW_ARGUMENTS[a.name]
+
+    given = [a for a in op._schema.arguments if not a.has_default_value() or a.name in ROW_ARGUMENTS]
+    keywords = {a.name: None for a in given if a.kwarg_only}  # generators
+    out = op(*(value(a) for a in given if not a.kwarg_only), **keywords)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _distance(a, b) -> float:
+    """Of two empirical distributions: the largest difference of their distribution functions (Kolmogorov, Smirnov)."""
+    both = torch.cat([a, b]).unique()
+    below = [torch.searchsorted(v.sort()[0], both, right=True) / len(v) for v in (a, b)]
+    return (below[0] - below[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("op", [op for op in ROWS if is_random(op)], ids=str)
+def test_semantics_15_a_row_draws_for_each_example(op):
+    torch.manual_seed(0)
+    x = torch.linspace(0.01, 0.99, N // 5) ** torch.tensor([[1.0], [3.0], [9.0]])
+    found = fxfunc.vmap(lambda x: _one_draw(op, x), randomness="different")(x)
+    for i in range(3):
+        alone = _one_draw(op, x[i])
+        assert found[i].shape == alone.shape and found.dtype == alone.dtype
+        assert _distance(found[i].double(), alone.double()) <= 2.5 * math.sqrt(2 / alone.numel())
+        assert not torch.equal(found[i], found[i - 1])
+
+
 @pytest.mark.parametrize("name", DRAWS)
 def test_semantics_15_a_draw_needs_a_vmap_that_says_what_it_means(name):
     with pytest.raises(fxfunc.errors.RandomInVmap, match=r"test_random.py.*randomness"):
@@ -72,12 +121,13 @@ def test_semantics_15_nested_vmaps_draw_for_each_pair(name):
     assert all(not torch.equal(rows[i], rows[j]) for i in range(4) for j in range(i))
 
 
-def test_semantics_15_gradients_are_exact_given_what_was_drawn():
+@pytest.mark.parametrize("dropout", [F.dropout, lambda v, p: torch.ops.aten.native_dropout(v, p, True)[0]])
+def test_semantics_15_gradients_are_exact_given_what_was_drawn(dropout):
     """The mask of the value is the mask of the gradient, for each example, at first and second order."""
     x = torch.linspace(1, 2, 40, dtype=torch.float64).reshape(4, 10)
 
     def f(v):
-        y = F.dropout(v, 0.5)
+        y = dropout(v, 0.5)
         return (y**3).sum(), y
 
     torch.manual_seed(0)
