@@ -299,7 +299,7 @@ class Outcomes:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if call.excinfo is not None and not report.skipped:
-            self.raised[item.nodeid] = f"{call.excinfo.type.__name__}: {str(call.excinfo.value)[:200]}"
+            self.raised[item.nodeid] = f"{call.excinfo.type.__name__}: {call.excinfo.value}"[:300]
         elif call.when == "call" and not report.skipped:
             self.raised.setdefault(item.nodeid, None)
         return report
@@ -407,3 +407,41 @@ def kill_all(
     collect(node for m in chosen for node in nodes_of(m) or ())
     for mutant, (by, seconds) in zip(chosen, _map(jobs, _kill, len(chosen)), strict=True):
         yield mutant, by, seconds
+
+
+# ----- the naive ways of faults.py ------------------------------------------------------------------------------------
+
+BROKEN = (
+    "TypeError",
+    "AttributeError",
+    "NameError",
+    "KeyError",
+    "UnboundLocalError",
+)  # the fault's own, not the test's
+
+
+def _right(i: int) -> str | None:
+    raised = forked(run_tests, contextlib.nullcontext, [_shared["nodes"][i]])
+    return next((f"fails without a fault: {name}: {error}" for name, error in raised.items() if error), None)
+
+
+def _naive(i: int) -> str | None:
+    fault = _shared["faults"][i]
+    try:
+        raised = forked(run_tests, fault.planted, [fault.test], "-x")
+    except (RuntimeError, TimeoutError) as e:
+        return f"cannot be planted or run: {e}"
+    error = next((e for e in raised.values() if e), None)
+    if error is None:
+        return "not noticed"
+    return f"breaks the code rather than the answer: {error}" if error.split(":")[0] in BROKEN else None
+
+
+def check_faults(faults, jobs: int = 1) -> Iterator[tuple[object, str | None]]:
+    """(fault, what is wrong with it or with its test; None if the test passes without and fails with the fault)."""
+    nodes = list(dict.fromkeys(f.test for f in faults))
+    collect(nodes)
+    _shared.update(faults=faults, nodes=nodes)
+    wrong = dict(zip(nodes, _map(jobs, _right, len(nodes)), strict=True))
+    for fault, problem in zip(faults, _map(jobs, _naive, len(faults)), strict=True):
+        yield fault, wrong[fault.test] or problem
