@@ -70,7 +70,7 @@ class Call:
             self.leaves,
             self.spec,
             vals_of(self.leaves),
-            by_value=True,
+            by_value=(True,) * len(self.tensors),
             tracks=self.marked if reverse else (),
             randomness=randomness,
             writable=lambda i: i < len(self.marked) and not (reverse and self.marked[i]),

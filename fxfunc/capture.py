@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from itertools import zip_longest
 
 import torch
 from torch.autograd import forward_ad
@@ -84,26 +85,39 @@ def check_tensors(transform: str, leaves) -> None:
             )
 
 
-def capture(function, leaves, spec, in_vals: list[Val], *, by_value: bool = False, **how) -> Captured:
+def capture(
+    function, leaves, spec, in_vals: list[Val], *, by_value: tuple[bool, ...] | None = None, **how
+) -> Captured:
     """Record `function(*args, **kwargs)` for arguments given flat; `in_vals` are the Vals of the tensor leaves, in order.
 
-    by_value: a function that asks for the value of a tensor is captured again with the values of these leaves at hand.
+    by_value: a function that asks for the value of a tensor is captured again with the values of what it closes over, and of
+    those of these leaves that are named, at hand; draws are known if all are.
     tracks: for each of them, whether the code sees `requires_grad == True`. grad: the grad mode it starts under.
     randomness: that of an enclosing vmap.
     writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
     """
     outer = current()
     if outer is not None:
-        concrete = Concrete(outer.concrete.run, whole=by_value) if outer.concrete else None
-        return _capture(function, leaves, spec, in_vals, Recorder(concrete=concrete), **how)
+        concrete = outer.concrete and Concrete(
+            outer.concrete.run, outer.concrete.draws and all(by_value or (False,))
+        )
+        return _capture(function, leaves, spec, in_vals, Recorder(concrete=concrete), by_value or (), **how)
     try:
         return _capture(function, leaves, spec, in_vals, Recorder(), **how)
     except errors.ValueDependent:
-        if not by_value:
+        if by_value is None:
             raise
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):  # the graph will draw the same numbers again
-        return _capture(function, leaves, spec, in_vals, Recorder(concrete=Concrete(_values)), **how)
+        return _capture(
+            function,
+            leaves,
+            spec,
+            in_vals,
+            Recorder(concrete=Concrete(_values, all(by_value))),
+            by_value,
+            **how,
+        )
 
 
 def _values(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -116,6 +130,7 @@ def _capture(
     spec,
     in_vals: list[Val],
     recorder: Recorder,
+    known=(),
     *,
     tracks=(),
     grad=True,
@@ -124,10 +139,10 @@ def _capture(
 ) -> Captured:
     recorder.randomness = randomness
     with custom.hooks(), foreign_modes_off(), recorder, torch.set_grad_enabled(grad):
-        flags = iter(tracks)
+        flags = iter(zip_longest(tracks, known, fillvalue=False))
         tensors = [x for x in leaves if is_tensor(x)]
         tracers = iter(
-            [recorder.input(v, "x", next(flags, False), t) for v, t in zip(in_vals, tensors, strict=True)]
+            [recorder.input(v, "x", *next(flags, ()), like=t) for v, t in zip(in_vals, tensors, strict=True)]
         )
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))

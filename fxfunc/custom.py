@@ -135,12 +135,12 @@ OF_LIBRARY.append(_registered)
 def _call(function: type[Function], args, kwargs, opaque=None):
     """Record a call as a `custom` node, and return its outputs."""
     outer, ctx = current(), FunctionCtx()
-    forward = Recorder(concrete=outer.concrete and Concrete(outer.concrete.run, outer.concrete.whole))
+    forward = Recorder(concrete=outer.concrete and Concrete(outer.concrete.run, outer.concrete.draws))
     forward.opaque = opaque
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     with forward:
-        inner = [forward.input(val_of(x), "x", like=x) for x in tensors]
+        inner = [forward.input(val_of(x), "x", known=True, like=x) for x in tensors]
         inputs, keywords = pytree.tree_unflatten(_replaced(leaves, inner), spec)
         output = function.forward(*inputs, **keywords)
         function.setup_context(ctx, inputs, output)

@@ -54,7 +54,13 @@ def _vmap(func, in_dims, out_dims, randomness, chunk_size, args, kwargs):
     tensor_dims = [d for x, d in zip(leaves, dims, strict=True) if is_tensor(x)]
     mapped = [d is not None for d in tensor_dims]
     captured = capture(
-        func, leaves, spec, vals, randomness=randomness, writable=lambda i: i < len(mapped) and mapped[i]
+        func,
+        leaves,
+        spec,
+        vals,
+        by_value=tuple(not m for m in mapped),
+        randomness=randomness,
+        writable=lambda i: i < len(mapped) and mapped[i],
     )
     out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in captured.graph.written]
     vals = tuple(vals_of(leaves))

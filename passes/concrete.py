@@ -23,13 +23,11 @@ aten = torch.ops.aten
 class Concrete:
     """The tensors that the nodes of a capture stand for; `run(graph, tensors)` computes a graph.
 
-    whole: whether arguments and draws are known; for the body of a map or loop only what it closes over is.
+    draws: whether random numbers are known; they are not in the body of a map or loop.
     """
 
-    def __init__(
-        self, run: Callable[[Graph, list[torch.Tensor]], list[torch.Tensor | None]], whole: bool = True
-    ):
-        self.run, self.whole = run, whole
+    def __init__(self, run: Callable[[Graph, list[torch.Tensor]], list[torch.Tensor | None]], draws: bool):
+        self.run, self.draws = run, draws
         self.data: dict = {}
 
     def bind(self, value: Value, like: torch.Tensor) -> None:
@@ -43,7 +41,7 @@ class Concrete:
         """A call that was recorded; nothing is known of what depends on an unknown value."""
         if any(v.node not in self.data for v in tensors_in([args, list(kwargs.values())], Value)):
             return
-        if not self.whole and is_random(op, args):
+        if not self.draws and is_random(op, args):
             return
         with _Quiet():
             if op in (stop_gradient, stop_reverse, graft):
@@ -65,7 +63,7 @@ class Concrete:
 
     def inline(self, graph: Graph, values: list[Value], outs: list[Value | None]) -> None:
         """A graph that was copied in."""
-        if all(v.node in self.data for v in values) and (self.whole or not graph.draws):
+        if all(v.node in self.data for v in values) and (self.draws or not graph.draws):
             with _Quiet():
                 self.keep(outs, self.run(graph, self._bound(values)))
 
@@ -139,6 +137,13 @@ def _literal(recorder, tensor: torch.Tensor) -> Tracer:
 def _masked_select(x, mask):
     x, mask = torch.broadcast_tensors(x, mask)
     return x.reshape(-1)[mask.reshape(-1).nonzero().squeeze(1)]
+
+
+def asked_for(func, args, kwargs) -> list:
+    """What must be known of the arguments of a call whose result depends on values."""
+    if func is aten.masked_select.default:
+        return [args[1]]
+    return list(filter(is_mask, args[1])) if func in BY_VALUE else [args, list(kwargs.values())]
 
 
 def is_mask(index) -> bool:

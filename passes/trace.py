@@ -13,7 +13,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import errors
-from .concrete import Concrete, call_by_value, is_mask, known
+from .concrete import Concrete, asked_for, call_by_value, is_mask, known
 from .dims import from_torch, to_torch
 from .functionalize import functionalize
 from .graph import Graph, Val
@@ -63,11 +63,19 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*exc)
         self.functions.__exit__(*exc)
 
-    def input(self, val: Val, name: str, tracks: bool = False, like: torch.Tensor | None = None) -> Tracer:
-        """A tracer for a new input, which stands for the tensor `like` if there is one."""
+    def input(
+        self,
+        val: Val,
+        name: str,
+        tracks: bool = False,
+        known: bool = False,
+        *,
+        like: torch.Tensor | None = None,
+    ) -> Tracer:
+        """A tracer for a new input, which stands for the tensor `like` if there is one; known: with its value."""
         value = self.builder.input(val, name)
         value.node.meta["scattered"] = like is not None and not like.is_contiguous()
-        if self.concrete is not None and like is not None and (self.concrete.whole or name == "closed"):
+        if self.concrete is not None and known:
             self.concrete.bind(value, like)
         return Tracer(self, value, tracks)
 
@@ -77,7 +85,7 @@ class Recorder(TorchDispatchMode):
             return t.value
         found = self.captures.get(id(t))
         if found is None:
-            value = self.input(val_of(t), "closed", like=t).value
+            value = self.input(val_of(t), "closed", known=True, like=t).value
             found = self.captures[id(t)] = (t, value, errors.user_line())
         return found[1]
 
@@ -138,7 +146,7 @@ class Recorder(TorchDispatchMode):
             return self._reshaped(func, args, kwargs)
         refuse_draw(func)
         if self._asks_for_values(func, args):
-            if self.concrete is None or not known([args, list(kwargs.values())]):
+            if self.concrete is None or not known(asked_for(func, args, kwargs)):
                 raise errors.ValueDependent(op=func)
             return call_by_value(self, func, args, kwargs)
         tracers: list[torch.Tensor] = []

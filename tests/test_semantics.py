@@ -580,7 +580,9 @@ def test_semantics_09_backward_inside_is_refused_by_name(mode):
 
     for transform in (fxfunc.grad, fxfunc.vmap, fxfunc.jacfwd):
         w = matrix().requires_grad_()
-        with pytest.raises(errors.UnsupportedInside, match=r"backward.*Use torch.autograd.grad, or fxfunc\.grad") as raised:
+        with pytest.raises(
+            errors.UnsupportedInside, match=r"backward.*Use torch.autograd.grad, or fxfunc\.grad"
+        ) as raised:
             MODES[mode](transform(f), w)
         assert raised.value.source == f"{__file__}:{f.__code__.co_firstlineno + 1}"
         assert w.grad is None
