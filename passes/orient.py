@@ -40,6 +40,6 @@ def _only_for(n: Node, graph: Graph) -> bool:
 
 
 def _transposed(x: Node, env: dict[Node, object]):
-    if _is_transpose(x):
+    if _is_transpose(x) and x.args[0] in env:
         return env[x.args[0]]
     return env[x].permute([1, 0] if env[x].ndim == 2 else [0, 2, 1])

@@ -7,6 +7,8 @@ Tensors of other recorders and real tensors become inputs (`captures`), bound by
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
@@ -29,7 +31,24 @@ class _Functions(TorchFunctionMode):
     """Calls whose meaning is lost below the level of torch functions (`FUNCTIONS`), on tracers and real tensors alike."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        if (meaning := FUNCTIONS.get(func)) is not None:
+            return meaning(*args, **(kwargs or {}))
+        if not (isinstance(func, FunctionType) and "handle_torch_function" in func.__globals__):
+            return func(*args, **(kwargs or {}))
+        with self:
+            return _body(func)(*args, **(kwargs or {}))
+
+
+def _body(func: FunctionType) -> FunctionType:
+    """One of torch's Python functions, that does not ask for a mode again: the mode stays on for the calls that it makes."""
+    no = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *args: False
+    )
+    body = FunctionType(
+        func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__, func.__closure__
+    )
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
 
 
 class Recorder(TorchDispatchMode):
@@ -172,7 +191,10 @@ class Recorder(TorchDispatchMode):
     def _reshaped(self, func, args, kwargs):
         """squeeze_, t_ ...: the tracer becomes the view, its own sizes change with it."""
         x = args[0]
-        op = getattr(getattr(aten, func._schema.name.split("::")[1].removesuffix("_")), func._overloadname)
+        packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"))
+        op = getattr(
+            packet, func._overloadname if func._overloadname in packet.overloads() else packet.overloads()[0]
+        )
         x.value = self.emit(op, (self.lift(x), *args[1:]), kwargs).value
         with no_dispatch():
             func(*args, **kwargs)

@@ -7,7 +7,7 @@ import dataclasses
 from .. import jvp as forward
 from .. import transpose as reverse
 from ..errors import MissingRule
-from ..graph import Graph, Val, cond, custom, extract, linear_call, map_, scan
+from ..graph import Graph, Val, cond, custom, extract, linear_call, map_, scan, stop_gradient
 from ..jvp import Dual, Jvp, instantiate
 from ..linearize import Linearized, linearize
 from ..record import Builder, Value
@@ -412,8 +412,11 @@ def _residuals(jvp: Jvp, body: Graph, origins, operands, outs, saved):
     nodes = body.outputs[len(outs) :]
     origins = [place.get(n) if o is None else o for n, o in zip(nodes, origins, strict=True)]
     computed = [None] * len(nodes)
-    if None in origins:
-        computed = jvp.graph(body, [d.p for d in operands], [d.t for d in operands])[1][len(outs) :]
+    differ = [k for k, o in enumerate(origins) if o is None and nodes[k].target is not stop_gradient]
+    if differ:
+        part = extract(body.inputs, [nodes[k] for k in differ])
+        _, ts = jvp.graph(part, [d.p for d in operands], [d.t for d in operands])
+        computed = [ts[differ.index(k)] if k in differ else None for k in range(len(nodes))]
     known = [*operands, *reversed(outs)]  # as -1 - j counts
     return [Dual(v, t if o is None else known[o].t) for v, o, t in zip(saved, origins, computed, strict=True)]
 
