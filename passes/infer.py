@@ -401,6 +401,13 @@ def _embedding_bag(
     return Val((bags, w.shape[1]), w.dtype, w.device), of_indices, saved(bags), maxima
 
 
+def _ctc_loss(x, targets, input_lengths, target_lengths, *how):
+    steps, rows, _ = x.shape
+    return Val((rows,), x.dtype, x.device), Val(
+        (rows, steps, 2 * max(target_lengths, default=0) + 1), x.dtype, x.device
+    )
+
+
 def _batch_norm(x, w, b, *rest):
     return (x, *_statistics(x, w, (x.shape[1],)))
 
@@ -444,6 +451,8 @@ KNOWN = {
         for overload in ("Scalar", "Tensor")
     },
     aten._embedding_bag.default: _embedding_bag,
+    aten._ctc_loss.default: _ctc_loss,
+    aten._ctc_loss_backward.default: lambda ct, x, *rest: x,
     aten.where.self: _where,
     aten.gather.default: _gather,
     aten.scatter_add.default: _scatter,

@@ -186,6 +186,8 @@ class Recorder(TorchDispatchMode):
             return self.concrete is not None and any(map(is_mask, args[1]))
         if func is aten.index.Tensor:
             return any(map(is_mask, args[1]))
+        if func is aten._ctc_loss.default:
+            return False  # its sizes depend on lengths, which are numbers here
         return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
     def _reshaped(self, func, args, kwargs):

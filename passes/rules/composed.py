@@ -6,7 +6,8 @@ Entry points: `through`, a jvp for a row, and `paired`, a linear map given with 
 from __future__ import annotations
 
 from ..decompose import build, tensors_in
-from ..graph import extract, linear_call
+from ..graph import Val, extract, linear_call
+from ..jvp import fit as widen
 from ..record import Value, vals
 from ..transpose import fit
 from .region import differentiate
@@ -39,9 +40,9 @@ def _tangents(ts) -> list[Value]:
     return tensors_in(ts, Value)
 
 
-def paired(name: str, t: Value, push, pull, *residuals: Value) -> Value:
-    """push(*residuals, t), a linear map of t whose adjoint is pull(*residuals, ct)."""
-    forward = build(push, (*(r.val for r in residuals), t.val), {})
-    (out,) = forward.out_vals
-    back = build(lambda *given: fit(pull(*given), t.val), (*(r.val for r in residuals), out), {})
+def paired(name: str, t: Value, out: Val, push, pull, *residuals: Value) -> Value:
+    """push(*residuals, t), a linear map of t to a value like `out`, whose adjoint is pull(*residuals, ct); None is missing."""
+    known = tuple(r.val for r in residuals)
+    forward = push and build(lambda *given: widen(push(*given), out), (*known, t.val), {})
+    back = build(lambda *given: fit(pull(*given), t.val), (*known, out), {})
     return t.builder.emit(linear_call, (forward, back, residuals, (t,)), {"vals": (out,), "name": name})[0]

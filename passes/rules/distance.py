@@ -53,6 +53,7 @@ def _of_first(t, y, a, b, p, mode):
     return paired(
         str(CDIST),
         t,
+        y.val,
         lambda a, b, y, t: (_down(t) * _cross_slope(a, b, y, p)).sum([y.ndim]),
         lambda a, b, y, ct: _to_rows(ct, a, b, p, y),
         a,
@@ -110,6 +111,7 @@ def _point_tangent(t, y, a, p=2):
     return paired(
         str(PDIST),
         t,
+        y.val,
         lambda a, y, t: (_between(t) * _slope(_between(a), _last(y), p)).sum([1]),
         lambda a, y, ct: ct.call(TO_POINTS, a, p, y),
         a,

@@ -6,8 +6,9 @@ import torch
 
 from ..dims import numel
 from ..record import Value, aten
+from .composed import paired
 from .indexing import arange
-from .table import composite
+from .table import composite, rule
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -120,3 +121,38 @@ def _multilabel_margin(x, target, reduction):
 
 composite(aten.multi_margin_loss.default, _multi_margin)
 composite(aten.multilabel_margin_loss_forward.default, _multilabel_margin)
+
+
+# ----- connectionist temporal classification: the first derivative by ATen's kernel, no others --------------------------
+CTC, CTC_BACKWARD = aten._ctc_loss.default, aten._ctc_loss_backward.default
+
+
+def _ctc_tangent(ts, y, x, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
+    lengths, how = (list(input_lengths), list(target_lengths)), (blank, zero_infinity)
+    pull = lambda x, targets, loss, alpha, ct: ct.call(CTC_BACKWARD, x, targets, *lengths, loss, alpha, *how)
+    return paired(str(CTC), ts[0], y[0].val, None, pull, x, targets, *y), None
+
+
+def _ctc_rows(ctx, x, targets, *lengths):
+    """Sequences of all examples side by side: [n, T, N, C] -> [T, n N, C]."""
+    n, (steps, rows, classes) = ctx.length, x.shape
+    moved = ctx.lift(x).movedim(0, 1).reshape([steps, n * rows, classes])
+    aims = ctx.lift(targets)
+    return moved, aims.reshape([n * aims.shape[1], *aims.shape[2:]]), *(list(sizes) * n for sizes in lengths)
+
+
+def _ctc_batch(ctx, op, args, kwargs):
+    found = ctx.b.emit(op, (*_ctc_rows(ctx, *args[:4]), *args[4:]), kwargs)
+    return tuple(o.reshape([ctx.length, *v.shape]) for o, v in zip(found, ctx.out, strict=True))
+
+
+def _ctc_backward_batch(ctx, op, args, kwargs):
+    ct, x, targets, input_lengths, target_lengths, *saved, blank, zero_infinity = args
+    flat = lambda v: ctx.lift(v).reshape([ctx.length * v.shape[0], *v.shape[1:]])
+    rows = _ctc_rows(ctx, x, targets, input_lengths, target_lengths)
+    out = ctx.b.emit(op, (flat(ct), *rows, *map(flat, saved), blank, zero_infinity), kwargs)
+    return out.reshape([x.shape[0], ctx.length, *x.shape[1:]]).movedim(1, 0)
+
+
+rule(CTC, jvp=_ctc_tangent, batch=_ctc_batch)
+rule(CTC_BACKWARD, batch=_ctc_backward_batch)

@@ -124,7 +124,7 @@ def _sampler(forward, backward):
         how = mode, *how
         push = lambda x, grid, t: through(sampled)((None, t, *[None] * 3), None, x, grid, *how)
         pull = lambda x, grid, ct: ct.call(backward, x, grid, *how, [False, True])[1]
-        return paired(str(forward), t, push, pull, x, grid)
+        return paired(str(forward), t, y.val, push, pull, x, grid)
 
     rule(
         forward,
