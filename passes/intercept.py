@@ -166,6 +166,31 @@ def _one_hot(x, num_classes=-1):
     return torch.eq(x.unsqueeze(-1), torch.arange(num_classes, device=x.device)).to(torch.int64)
 
 
+def _ctc_loss(x, targets, input_lengths, target_lengths, blank=0, reduction=1, zero_infinity=False):
+    """torch's own makes a tensor of the lengths where no mode sees it."""
+    batched, lengths = x.ndim == 3, (_lengths(input_lengths), _lengths(target_lengths))
+    rows = (x, targets) if batched else (x.unsqueeze(1), targets.unsqueeze(0))
+    loss = aten._ctc_loss.default(*rows, *lengths, blank, zero_infinity)[0]
+    if zero_infinity:
+        loss = torch.where(loss == math.inf, 0.0, loss)
+    if reduction == 1:
+        return (loss / torch.tensor(lengths[1], dtype=x.dtype, device=x.device).clamp_min(1)).mean()
+    return loss.sum() if reduction == 2 else loss if batched else loss.squeeze(0)
+
+
+def _named_ctc_loss(
+    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+):
+    """torch.nn.functional's, whose reduction has a name."""
+    how = ("none", "mean", "sum").index(reduction)
+    return _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, how, zero_infinity)
+
+
+def _lengths(x) -> list[int]:
+    found = _tolist(x) if isinstance(x, torch.Tensor) else x
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -308,6 +333,8 @@ FUNCTIONS = {
     torch.Tensor.view: _view,
     torch.Tensor.as_strided: _as_strided,
     torch.as_strided: _as_strided,
+    torch.ctc_loss: _ctc_loss,
+    torch.nn.functional.ctc_loss: _named_ctc_loss,
     torch.nn.functional.one_hot: _one_hot,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rule_harness import Case
+from rule_harness import Case, recorded
 
 import fxfunc
 
@@ -64,8 +64,17 @@ case(
     lambda s: (s(s.n), s.pos(s.n)),
     reference=lambda a, b: (a / b).floor() * a,
 )
-case("div_trunc_scalar", lambda a: torch.div(a, 0.7, rounding_mode="trunc") * a, lambda s: (s(3, s.n),), F32)
-case("div_no_mode_scalar", lambda a: torch.div(a, 0.7, rounding_mode=None), lambda s: (s(3, s.n),))
+case(
+    "div_trunc_scalar",
+    lambda a: recorded(aten.div.Scalar_mode)(a, 0.7, rounding_mode="trunc") * a,
+    lambda s: (s(3, s.n),),
+    F32,
+)
+case(
+    "div_no_mode_scalar",
+    lambda a: recorded(aten.div.Scalar_mode)(a, 0.7, rounding_mode=None),
+    lambda s: (s(3, s.n),),
+)
 case("div_no_mode", lambda a, b: torch.div(a, b, rounding_mode=None), lambda s: (s(3, s.n), s.pos(s.n)))
 case(
     "copy",
@@ -218,11 +227,11 @@ case("std", lambda a: a.std(0, keepdim=True), lambda s: (s(3, s.n),))
 case("var_mean", lambda a: torch.var_mean(a, 1), lambda s: (s(3, s.n),))
 case("std_mean", lambda a: torch.std_mean(a, 1), lambda s: (s(3, s.n),))
 case("amax", lambda a: a.amax(1), lambda s: (s.distinct(3, s.n),))
-case("var_dim", lambda a: aten.var.dim(a, [1], False, True), lambda s: (s(3, s.n),))
-case("var_all", lambda a: aten.var.default(a, False), lambda s: (s(3, s.n),))
-case("std_dim", lambda a: aten.std.dim(a, [0]), lambda s: (s(3, s.n),))
-case("std_all", lambda a: aten.std.default(a), lambda s: (s(3, s.n),))
 case("amin", lambda a: a.amin((0, 1)), lambda s: (s.distinct(3, s.n) * s.pos(),))
+case("var_dim", lambda a: recorded(aten.var.dim)(a, [1], False, True), lambda s: (s(3, s.n),))
+case("var_all", lambda a: recorded(aten.var.default)(a, False), lambda s: (s(3, s.n),))
+case("std_dim", lambda a: recorded(aten.std.dim)(a, [0]), lambda s: (s(3, s.n),))
+case("std_all", lambda a: recorded(aten.std.default)(a), lambda s: (s(3, s.n),))
 case("aminmax", lambda a: torch.aminmax(a, dim=1), lambda s: (s.distinct(3, s.n),), forward=False)
 case("max", torch.max, lambda s: (s.distinct(3, s.n) * s.pos(),))
 case("min", torch.min, lambda s: (s.distinct(3, s.n) * s.pos(),))
@@ -428,7 +437,19 @@ case(
     lambda s: (s(2, s.n + 2, 6),),
 )
 case("avg_pool1d_options", lambda a: F.avg_pool1d(a, 3, 2, 1, True, False), lambda s: (s(3, s.n + 2),), F32)
-case("adaptive_avg_pool1d", lambda a: F.adaptive_avg_pool1d(a, 2), lambda s: (s(2, 3, s.n),))
+case(
+    "avg_pool1d_recorded",
+    lambda a: recorded(aten.avg_pool1d.default)(a, [3], [2], [1], True, False),
+    lambda s: (s(3, s.n + 2),),
+)
+case(
+    "avg_pool1d_no_stride", lambda a: recorded(aten.avg_pool1d.default)(a, [2]), lambda s: (s(2, 3, s.n + 2),)
+)
+case(
+    "adaptive_avg_pool1d",
+    lambda a: recorded(aten.adaptive_avg_pool1d.default)(a, [2]),
+    lambda s: (s(2, 3, s.n),),
+)
 case(
     "max_pool2d_backward",
     lambda ct, a, i: aten.max_pool2d_with_indices_backward(ct, a, [2, 2], [2, 1], [0, 0], [1, 1], False, i),
@@ -469,16 +490,33 @@ case(
     lambda s: (s(1, 2, s.n, 3),),
 )
 for _mode, _rank in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3)):
-    _op = getattr(aten, f"upsample_{_mode}{_rank}d")
     case(
         f"interpolate_scale_{_mode}",
         lambda a, mode=_mode: F.interpolate(a, scale_factor=1.7, mode=mode),
         lambda s, rank=_rank: (s(1, 2, *(2, 3, s.n)[3 - rank :]),),
         F32,
     )
+for _name, _rank in (
+    *(
+        (f"{_exact}{_rank}d", _rank)
+        for _exact in ("upsample_nearest", "_upsample_nearest_exact")
+        for _rank in (1, 2, 3)
+    ),
+    *(
+        ("upsample_linear1d", 1),
+        ("upsample_bilinear2d", 2),
+        ("upsample_bicubic2d", 2),
+        ("upsample_trilinear3d", 3),
+    ),
+    *(("_upsample_bilinear2d_aa", 2), ("_upsample_bicubic2d_aa", 2)),
+):
+    _op = getattr(aten, _name)
     case(
-        f"interpolate_vec_{_mode}",
-        lambda a, op=_op: op.vec(a, None, *_corners(op), [1.6] * (a.ndim - 2)),
+        f"interpolate_vec{_name}",
+        lambda a, op=_op: tuple(
+            recorded(op.vec)(a, size, *_corners(op), scales)
+            for size, scales in ((None, [1.6] * (a.ndim - 2)), ([3] * (a.ndim - 2), None))
+        ),
         lambda s, rank=_rank: (s(1, 2, *(2, 3, s.n)[3 - rank :]),),
     )
 case("interpolate_exact", lambda a: F.interpolate(a, 5, mode="nearest-exact"), lambda s: (s(2, 2, s.n),))
@@ -782,6 +820,14 @@ case(
     lambda a, t: F.multilabel_margin_loss(a, t),
     lambda s: (s(2, s.n).round(), torch.tensor([[2, 0, -1, 1], [1, -1, 0, 0]])[:, : s.n]),
     skip=f"{FIRST_ONLY} vmap",
+)
+case(
+    "ctc_loss",
+    lambda a, t: F.ctc_loss(a.log_softmax(2), t + 1, (4, 3), (2, 1), reduction="sum"),
+    lambda s: (s(4, 2, s.n), s.ints(s.n - 1, 2, 2)),
+    F32,
+    skip="jvp vmap_jvp jvp_vjp vjp_vjp no_grad",
+    adjoint=False,
 )
 case("poisson_nll", F.poisson_nll_loss, lambda s: (s(3, s.n), s.pos(3, s.n)))
 case("hinge_embedding", F.hinge_embedding_loss, lambda s: (s(3, s.n), s(3, s.n).sign()))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 import fxfunc
+from fxfunc.passes.tracer import current
 
 SIZES = (3, 4)
 BATCH = 2
@@ -99,6 +100,16 @@ class Case:
     def examples(self, n: int, dtype: torch.dtype) -> list[tuple]:
         """BATCH argument tuples."""
         return [self.args(self.sample(n, dtype, e)) for e in range(BATCH)]
+
+
+def recorded(op):
+    """An op as it is, where a capture would have torch write it with others: any graph may hold it."""
+
+    def call(*args, **kwargs):
+        recorder = current()
+        return op(*args, **kwargs) if recorder is None else recorder._record(op, *args, **kwargs)
+
+    return call
 
 
 def flat(out) -> tuple:

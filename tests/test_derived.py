@@ -134,6 +134,26 @@ def test_ctc_loss_has_a_first_derivative_also_per_example(zero_infinity):
     assert error(fxfunc.vmap(f)(xs), torch.stack([f(x) for x in xs])) <= 1e-12
 
 
+def gradient(f, x):
+    """By ordinary autograd: torch.func cannot make the tensor of lengths."""
+    return torch.autograd.grad(f(x := x.clone().requires_grad_()), x)[0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_ctc_loss_takes_lengths_as_numbers_and_as_tensors(reduction, as_tensors):
+    lengths = [torch.tensor([4, 3]), torch.tensor([2, 1])] if as_tensors else [(4, 3), (2, 1)]
+    aims, how = torch.tensor([[1, 2], [2, 1]]), {"reduction": reduction}
+    loss = lambda x: torch.nn.functional.ctc_loss(x.log_softmax(2), aims, *lengths, **how).sum()
+    one = lambda x: torch.nn.functional.ctc_loss(x.log_softmax(1), aims[0], (4,), (2,), **how).sum()
+    x = draw(4, 2, 3)
+    for f, at in ((loss, x), (one, x[:, 0])):
+        assert error(fxfunc.grad(f)(at), gradient(f, at)) <= 1e-12
+    if as_tensors:
+        lengths[0].fill_(2)
+        assert error(fxfunc.grad(loss)(x), gradient(loss, x)) <= 1e-12
+
+
 @pytest.mark.parametrize(
     "twice",
     [
