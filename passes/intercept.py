@@ -63,6 +63,20 @@ def _cudnn_batch_norm(recorder, func, *args):
     )
 
 
+def _weight_norm(recorder, func, v, g, dim=0):
+    """The fused kernel, which has the first derivative only: (weight, norms)."""
+    with torch.overrides.enable_reentrant_dispatch(), recorder:
+        norms = torch.norm_except_dim(v, 2, dim)
+        return v * (g / norms), norms
+
+
+def _packed_sequence(recorder, func, *args):
+    raise errors.NotSupported(
+        what="torch.nn.utils.rnn.pack_padded_sequence, whose result has sizes that depend on values,",
+        instead="Run the padded sequences, and mask what comes after their ends.",
+    )
+
+
 def _linalg_check(recorder, func, info, api_name, *, is_matrix):
     """torch.linalg raises where a matrix is singular or not positive definite; a graph has NaN there, as in JAX."""
     if (value := value_of(info)) is not None:
@@ -99,6 +113,8 @@ def _fused_attention(recorder, func, q, k, v, dropout_p=0.0, is_causal=False, *,
 OF_LIBRARY: list = []
 DISPATCH = {
     aten._linalg_check_errors.default: _linalg_check,
+    aten._weight_norm_interface.default: _weight_norm,
+    aten._pack_padded_sequence.default: _packed_sequence,
     aten._embedding_bag_forward_only.default: lambda recorder, func, *args: recorder._record(
         aten._embedding_bag.default, *args
     ),
@@ -195,6 +211,8 @@ def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     """Written with matmul and softmax, which have every derivative; the fused kernels have the first only."""
+    if is_mask(attn_mask):  # torch makes it one of numbers before it calls the op below
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
     how = {"scale": scale, "enable_gqa": enable_gqa}
     return aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, **how
@@ -336,5 +354,7 @@ FUNCTIONS = {
     torch.ctc_loss: _ctc_loss,
     torch.nn.functional.ctc_loss: _named_ctc_loss,
     torch.nn.functional.one_hot: _one_hot,
+    # No: nn.TransformerEncoder then keeps to dense tensors.
+    torch._nested_tensor_from_mask_left_aligned: lambda x, mask: False,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }

@@ -21,7 +21,7 @@ from .functionalize import functionalize
 from .graph import Graph, Val
 from .infer import meta_result
 from .intercept import DISPATCH, FUNCTIONS, OF_LIBRARY
-from .record import Builder, Value, vals
+from .record import Builder, Value, resolve, vals
 from .tracer import Tracer, recorders, refuse_draw, tracked, val_of
 
 aten = torch.ops.aten
@@ -194,10 +194,8 @@ class Recorder(TorchDispatchMode):
         """squeeze_, t_ ...: the tracer becomes the view, its own sizes change with it."""
         x = args[0]
         packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"))
-        op = getattr(
-            packet, func._overloadname if func._overloadname in packet.overloads() else packet.overloads()[0]
-        )
-        x.value = self.emit(op, (self.lift(x), *args[1:]), kwargs).value
+        value = self.lift(x)
+        x.value = self.emit(resolve(packet, (value, *args[1:]), kwargs), (value, *args[1:]), kwargs).value
         with no_dispatch():
             func(*args, **kwargs)
         return x

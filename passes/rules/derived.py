@@ -23,6 +23,7 @@ from ..trace import trace_torch
 from .region import transposed
 from .table import Undefined
 
+aten = torch.ops.aten
 _cache: dict = {}
 on_forget(_cache.clear)
 _enabled = True
@@ -105,6 +106,8 @@ def _push(s: _Signature, wrt: tuple[int, ...]) -> Graph | str:
     """tensors, then the tangents of `wrt` -> the tangents of the differentiable results."""
     if s.op.namespace != "aten":
         return "torch.func.jvp calls the tangent of an op of a library zero"
+    if s.op is aten.cholesky_inverse.default:
+        return "torch.func.jvp of it is wrong"  # seen in 2.13; its vjp is right
 
     def push(*inputs):
         tensors, ts = inputs[: len(s.ins)], inputs[len(s.ins) :]
@@ -210,8 +213,28 @@ def jvp_of(jvp, op, args, kwargs, duals: list[Dual]):
         )
         for i, t in zip(s.places, found, strict=True):
             tangents[i] = t
+        if op in FACTORS and duals[0].t is not None:
+            place, of_transpose = FACTORS[op]
+            tangents[place] = _factor_tangent(jvp, duals[0], ys[place], of_transpose)
     outs = tuple(None if r is None else Dual(r, t) for r, t in zip(ys, tangents, strict=True))
     return outs[0] if s.single else outs
+
+
+# Ops that return an LU factorisation whose derivative torch calls zero; its formulas for the other results read it, so
+# theirs would be wrong from the second on. Which result it is, and whether it is of the transpose (where A is real).
+FACTORS = {
+    aten._linalg_solve_ex.default: (1, False),
+    aten._linalg_det.default: (1, True),
+    aten._linalg_slogdet.default: (2, True),
+}
+
+
+def _factor_tangent(jvp, a: Dual, factor: Value, of_transpose: bool) -> Value:
+    """The tangent of the factorisation; nothing is computed where nobody reads it."""
+    if of_transpose and not a.p.dtype.is_complex:
+        a = Dual(a.p.mT, a.t.mT)
+    lu = jvp.call(aten.linalg_lu_factor_ex.default, (a,), {})[0].t
+    return lu.expand(factor.shape)
 
 
 def _refuse_unknown(op, rule: str, source) -> None:

@@ -339,11 +339,11 @@ def _linear_call_jvp(jvp: Jvp, args, kwargs):
 
 
 def _linear_call_transpose(b: Builder, cts, args, kwargs):
+    """The cotangents of its linear operands; others are tangents known to be zero."""
     body, transposed, residuals, operands = args
-    if any(not isinstance(x, Undefined) for x in operands):
-        raise AssertionError("linear_call with a nonlinear operand")
     cts = [ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, kwargs["vals"], strict=True)]
-    return b.inline(_known(transposed, kwargs, b, "transpose"), [*residuals, *cts])
+    shares = b.inline(_known(transposed, kwargs, b, "transpose"), [*residuals, *cts])
+    return [s for s, x in zip(shares, operands, strict=True) if isinstance(x, Undefined)]
 
 
 def _known(graph: Graph | None, kwargs, b: Builder, rule: str) -> Graph:
