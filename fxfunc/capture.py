@@ -28,7 +28,7 @@ from fxfunc.passes.record import Builder
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import Recorder
-from fxfunc.passes.tracer import Tracer, current, tracked, val_of
+from fxfunc.passes.tracer import Tracer, current, refuse_tensor, tracked, val_of
 
 from . import custom
 from .signature import resolved
@@ -75,14 +75,8 @@ def check_tensors(transform: str, leaves) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise errors.NestedTorchFunc(transform=transform)
     for t in leaves:
-        if is_tensor(t) and t.layout is not torch.strided:
-            raise errors.NotSupported(
-                what=f"{transform} of a tensor of layout {t.layout}", instead="Convert it with .to_dense()."
-            )
-        if is_tensor(t) and t.is_quantized:
-            raise errors.NotSupported(
-                what=f"{transform} of a quantized tensor", instead="Convert it with .dequantize()."
-            )
+        if is_tensor(t):
+            refuse_tensor(t, f"{transform} of")
 
 
 def capture(

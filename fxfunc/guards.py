@@ -14,6 +14,7 @@ import types
 import torch
 
 from fxfunc.passes.graph import typed
+from fxfunc.passes.tracer import refuse_tensor
 
 PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 _FOREIGN = (
@@ -328,6 +329,8 @@ def _read(container, key):
 
 def signature(t: torch.Tensor) -> tuple:
     """What a capture may have depended on in a tensor, its values aside."""
+    if t.is_nested or t.layout is not torch.strided:
+        refuse_tensor(t, "closing over")
     return (
         type(t),
         t.shape,

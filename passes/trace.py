@@ -22,7 +22,7 @@ from .graph import Graph, Val
 from .infer import meta_result
 from .intercept import DISPATCH, FUNCTIONS, OF_LIBRARY
 from .record import Builder, Value, resolve, vals
-from .tracer import Tracer, recorders, refuse_draw, tracked, val_of
+from .tracer import Tracer, recorders, refuse_draw, refuse_tensor, tracked, val_of
 
 aten = torch.ops.aten
 
@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):
             return t.value
         found = self.captures.get(id(t))
         if found is None:
+            refuse_tensor(t, "closing over")
             value = self.input(val_of(t), "closed", known=True, like=t).value
             found = self.captures[id(t)] = (t, value, errors.user_line())
         return found[1]

@@ -76,6 +76,32 @@ def val_of(t: torch.Tensor) -> Val:
     return Val(tuple(from_torch(s) for s in t.shape), t.dtype, t.device)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, Tracer)
+_DISPATCH = torch._C._disabled_torch_dispatch_impl
+_FUNCTIONS = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+
+def refuse_tensor(t: torch.Tensor, whose: str) -> None:
+    """Raise for a tensor whose meaning a capture cannot keep: it sees shapes and ATen calls. `whose` says where it is."""
+    if t.is_nested or t.layout is not torch.strided:
+        kind = "a nested tensor" if t.is_nested else f"a tensor of layout {t.layout}"
+        to = ".to_padded_tensor(0.0)" if t.is_nested else ".to_dense()"
+        raise errors.NotSupported(what=f"{whose} {kind}", instead=f"Convert it with {to}.")
+    if t.is_quantized:
+        raise errors.NotSupported(
+            what=f"{whose} a quantized tensor", instead="Convert it with .dequantize()."
+        )
+    kind = type(t)
+    if kind in _PLAIN or kind.__module__.startswith("torch._subclasses."):  # the tracers of others
+        return
+    functions = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    if kind.__torch_dispatch__ is not _DISPATCH or functions not in _FUNCTIONS:
+        raise errors.NotSupported(
+            what=f"{whose} a tensor of the subclass {kind.__module__}.{kind.__qualname__}, which has operators of its own,",
+            instead="Pass the ordinary tensors that it holds (for a DTensor, .to_local() or .full_tensor()).",
+        )
+
+
 def refuse_draw(call) -> None:
     """Random draws need a vmap that says what they mean."""
     if is_random(call) and any(r.randomness == "error" for r in recorders()):

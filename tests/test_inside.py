@@ -349,3 +349,75 @@ def test_checkpoints_outside_of_a_capture_are_torchs_own():
     fxfunc.grad(lambda x: checkpoint(_block, x, use_reentrant=True).sum())(X)
     y = checkpoint(torch.sin, x, use_reentrant=True)
     assert type(y.grad_fn).__name__ == "CheckpointFunctionBackward"
+
+
+# ----- tensors that a capture cannot stand for ------------------------------------------------------------------------
+
+
+class Doubled(torch.Tensor):
+    """A wrapper whose every result is twice that of its tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = torch.utils._pytree.tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        return cls(func(*plain[0], **plain[1]) * 2)
+
+    __repr__ = object.__repr__
+
+
+class Swapped(torch.Tensor):
+    """A tensor to which the sine is the cosine."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(torch.cos if func is torch.sin else func, types, args, kwargs or {})
+
+
+FOREIGN = {
+    "wrapper": (lambda: Doubled(X), "Doubled"),
+    "functions": (lambda: X.as_subclass(Swapped), "Swapped"),
+    "masked": (lambda: torch.masked.masked_tensor(X, X > 0), "MaskedTensor"),
+    "sparse": (lambda: W.to_sparse(), "sparse_coo"),
+    "csr": (lambda: W.to_sparse_csr(), "sparse_csr"),
+    "quantized": (lambda: torch.quantize_per_tensor(X.float(), 0.1, 0, torch.qint8), "quantized"),
+    "nested": (lambda: torch.nested.nested_tensor([X, X[:2]]), "nested"),
+    "jagged": (lambda: torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged), "nested"),
+}
+HANDED = {
+    "grad": lambda t: fxfunc.grad(lambda x: x.sin().sum())(t),
+    "vjp": lambda t: fxfunc.vjp(torch.sin, t),
+    "jvp": lambda t: fxfunc.jvp(torch.sin, (t,), (t,)),
+    "vmap": lambda t: fxfunc.vmap(torch.sin)(t),
+    "hessian": lambda t: fxfunc.hessian(lambda x: x.sin().sum())(t),
+    "jit": lambda t: fxfunc.jit(torch.sin)(t),
+    "scan": lambda t: fxfunc.scan(lambda c, x: (c, x), t, X),
+    "cond": lambda t: fxfunc.cond(X.sum() > 0, torch.sin, torch.cos, t),
+    "closure of grad": lambda t: fxfunc.grad(lambda x: (torch.sin(t) * x).sum())(X),
+    "closure of vmap of grad": lambda t: fxfunc.vmap(fxfunc.grad(lambda x: (torch.sin(t) * x).sum()))(W),
+    "closure of jit": lambda t: fxfunc.jit(lambda x: torch.sin(t) * x)(X),
+    "no_grad": lambda t: torch.no_grad()(fxfunc.grad(lambda x: (torch.sin(t) * x).sum()))(X),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("handed", HANDED)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_tensors_of_another_meaning_are_refused_by_name(kind, handed):
+    make, name = FOREIGN[kind]
+    with pytest.raises(errors.NotSupported, match=name) as caught:
+        HANDED[handed](make())
+    assert "test_inside.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [nn.Parameter, nn.Buffer])
+def test_parameters_and_buffers_are_tensors(wrap):
+    f = lambda x, w: (x * w).sin().sum()
+    w = wrap(W[0])
+    torch.testing.assert_close(fxfunc.grad(f, (0, 1))(X, w), torch.func.grad(f, (0, 1))(X, W[0]))
+    torch.testing.assert_close(fxfunc.jit(fxfunc.grad(lambda x: f(x, w)))(X), torch.func.grad(f)(X, W[0]))
