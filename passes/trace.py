@@ -165,6 +165,11 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
         refuse_draw(func)
+        if func._schema.is_mutable and func.namespace != "aten":
+            raise errors.NotSupported(
+                what=f"{func}, which writes to its arguments,",
+                instead="Write to clones of them inside the op, and return these.",
+            )
         if self._asks_for_values(func, args):
             if self.concrete is None or not known(asked_for(func, args, kwargs)):
                 raise errors.ValueDependent(op=func)

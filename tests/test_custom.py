@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import fxfunc
+from fxfunc import errors
 
 torch.manual_seed(0)
 W = torch.randn(4, dtype=torch.float64)
@@ -277,3 +278,44 @@ def test_register_rule_refuses_what_is_no_operator(op):
 def test_torch_autograd_backward_inside_is_refused_by_name():
     with pytest.raises(fxfunc.errors.UnsupportedInside, match=r"torch.autograd.*test_custom.py"):
         fxfunc.grad(lambda v: torch.autograd.backward(v.sum()) or v.sum())(x())
+
+
+@torch.library.custom_op("fxfunc_inside::double_", mutates_args={"x"})
+def double_(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+double_.register_fake(lambda x: None)
+
+
+@torch.library.custom_op("fxfunc_inside::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+
+
+def _doubled_in_place(x):
+    y = x * 1
+    double_(y)
+    return y.sum()
+
+
+@pytest.mark.parametrize(
+    "f, refusal", [(_doubled_in_place, errors.NotSupported), (lambda x: doubled(x).sum(), errors.MissingRule)]
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x: fxfunc.grad(f)(x),
+        lambda f, x: fxfunc.hessian(f)(x),
+        lambda f, x: fxfunc.vmap(fxfunc.grad(f))(x[None]),
+        lambda f, x: fxfunc.jvp(f, (x,), (x,)),
+        lambda f, x: torch.no_grad()(fxfunc.jit(fxfunc.grad(f)))(x),
+    ],
+)
+def test_ops_of_a_library_without_a_derivative_are_refused_by_name(call, f, refusal):
+    with pytest.raises(refusal, match="fxfunc_inside.double") as caught:
+        call(f, torch.ones(3))
+    assert "test_custom.py" in str(caught.value)
