@@ -72,6 +72,7 @@ class Mutant:
     fault: str
     value: object
 
+    slot = property(lambda self: self.fault.split("[")[0].split()[0])
     name = property(lambda self: f"{'' if self.table == 'ROWS' else self.table + ' '}{self.op} {self.fault}")
 
     @contextlib.contextmanager
@@ -380,9 +381,7 @@ def _reach(i: int) -> list[tuple]:
 def _kill(i: int) -> tuple[str | None, float]:
     warnings.simplefilter("ignore")
     start = time.perf_counter()
-    mutant = _shared["mutants"][i]
-    by = killer(mutant, _shared["tests"].get((mutant.fault.split()[0].split("[")[0], str(mutant.op)), ()))
-    return by, time.perf_counter() - start
+    return killer(_shared["mutants"][i], _shared["tests"][i]), time.perf_counter() - start
 
 
 def _map(jobs: int, function: Callable, count: int) -> Iterator:
@@ -396,17 +395,34 @@ def _map(jobs: int, function: Callable, count: int) -> Iterator:
 def kill_all(
     chosen: list[Mutant], cases: list[Case] = CASES, jobs: int = 1
 ) -> Iterator[tuple[Mutant, str | None, float]]:
-    """(mutant, the test that notices it or None, seconds)."""
-    _shared.update(cases=cases, mutants=chosen, tests={})
-    if any(nodes_of(m) is None for m in chosen):
+    """(mutant, the test that notices it or None, seconds): first by the cases of an op's name, then by all that reach it."""
+    collect(node for m in chosen for node in nodes_of(m) or ())
+    _shared.update(cases=cases, mutants=chosen, tests=[list(named_as(m.op, cases)) for m in chosen])
+    left = []
+    for mutant, (by, seconds) in zip(chosen, _map(jobs, _kill, len(chosen)), strict=True):
+        if by is None and nodes_of(mutant) is None:
+            left.append(mutant)
+        else:
+            yield mutant, by, seconds
+    tests: dict[tuple, list] = {}
+    if left:
         for case, found in zip(cases, _map(jobs, _reach, len(cases)), strict=True):
             for slot, op, check in found:
-                _shared["tests"].setdefault((slot, op), []).append((case, check))
-    for (_, op), tests in _shared["tests"].items():
-        tests.sort(key=lambda test: (test[0].name not in op, QUICK.index(test[1])))
-    collect(node for m in chosen for node in nodes_of(m) or ())
-    for mutant, (by, seconds) in zip(chosen, _map(jobs, _kill, len(chosen)), strict=True):
+                tests.setdefault((slot, op), []).append((case, check))
+    for reaching in tests.values():
+        reaching.sort(key=lambda test: QUICK.index(test[1]))
+    _shared.update(mutants=left, tests=[tests.get((m.slot, str(m.op)), ()) for m in left])
+    for mutant, (by, seconds) in zip(left, _map(jobs, _kill, len(left)), strict=True):
         yield mutant, by, seconds
+
+
+def named_as(op, cases: list[Case]) -> Iterator[tuple[Case, str]]:
+    """The checks of the few cases named as an op."""
+    words = str(op).removeprefix("aten.").split(".")[0].strip("_")
+    few = [c for c in cases if c.name == words] + [c for c in cases if c.name.startswith(f"{words}_")]
+    few += [c for c in cases if words.startswith(c.name) and c.name != words]
+    for check in QUICK:
+        yield from ((case, check) for case in few[:4] if applies(case, check, SIZES[0]))
 
 
 # ----- the naive ways of faults.py ------------------------------------------------------------------------------------

@@ -123,6 +123,8 @@ def programs(T, f, args, twice: bool):
         yield "jvp_vjp", lambda: T.jvp(pull, (args, ct), (ts, ct))[1]
         yield "vjp_vjp", lambda: T.vjp(pull, args, ct)[1](ts if len(ts) > 1 else (ts[0],))
         yield "vjp_jvp", lambda: T.vjp(lambda *ts: T.jvp(f, args, ts)[1], *ts)[1](ct)
+        yield "jvp_jvp", lambda: T.jvp(lambda *xs: T.jvp(f, xs, ts)[1], args, ts)[1]
+        yield "vjp_jvp_residuals", lambda: T.vjp(lambda *xs: T.jvp(f, xs, ts)[1], *args)[1](ct)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "cholesky_inverse"])  # torch.func.jvp of it is wrong

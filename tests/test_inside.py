@@ -118,7 +118,7 @@ def test_a_rule_of_the_user_that_asks_for_values():
     torch.testing.assert_close(fxfunc.grad(lambda x: Clipped.apply(x).sum())(X), 3 * torch.ones_like(X))
 
 
-def test_what_is_drawn_while_values_are_asked_for_is_drawn_once():
+def test_semantics_25_what_is_drawn_while_values_are_asked_for_is_drawn_once():
     def f(x):
         noise = torch.rand(5, dtype=x.dtype)
         return (x * noise).sum() if noise[0] < 2 else x.sum()
@@ -130,15 +130,18 @@ def test_what_is_drawn_while_values_are_asked_for_is_drawn_once():
     torch.testing.assert_close((gradient, after), (torch.rand(5, dtype=X.dtype), torch.rand(3)))
 
 
-def test_arguments_are_not_written_to_while_values_are_asked_for():
+def test_semantics_25_arguments_are_not_written_to_while_values_are_asked_for():
+    """A write that is refused has not happened to the argument either."""
     x = X.clone()
 
-    def f(x):
-        y = x.clone()
+    def f(x, write):
+        y = x if write else x.clone()
         y.add_(1)
         return y.sum() if y[0] > 0 else -y.sum()
 
-    fxfunc.grad(f)(x)
+    fxfunc.grad(f)(x, False)
+    with pytest.raises(errors.MutatedCapture):
+        fxfunc.grad(f)(x, True)
     torch.testing.assert_close(x, X)
 
 
