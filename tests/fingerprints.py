@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +19,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fxfunc", "passes", "codegen")
 
 
 def fingerprint(x, seen: frozenset = frozenset()) -> str:
@@ -38,8 +39,7 @@ def fingerprint(x, seen: frozenset = frozenset()) -> str:
     elif isinstance(x, (list, tuple)):
         parts = ["(", *(fingerprint(y, seen) for y in x), ")"]
     else:
-        text = str(x)
-        parts = [type(x).__name__, "" if " at 0x" in text else text]
+        parts = [type(x).__name__, str(x).split(" at 0x")[0]]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -62,25 +62,23 @@ def changed_since(revision: str) -> set[str]:
     """The entries, as "table op", that are new here or differ from those at the merge base with a revision."""
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True).stdout
     base = git("merge-base", revision, "HEAD").decode().strip()
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(git("archive", base, "fxfunc", "passes", "codegen"))) as tree:
-            tree.extractall(folder, filter="data")
-        for package in ("passes", "codegen"):
-            (Path(folder) / "fxfunc" / package).symlink_to(Path(folder) / package)
-        there = json.loads(_in_another_process(folder))
-    return {
-        name for name, found in json.loads(_in_another_process(str(ROOT))).items() if there.get(name) != found
-    }
+    with tempfile.TemporaryDirectory() as there, tempfile.TemporaryDirectory() as here:
+        with tarfile.open(fileobj=io.BytesIO(git("archive", base, *PACKAGES))) as tree:
+            tree.extractall(there, filter="data")
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, Path(here) / package)
+        before, now = _of_tree(there), _of_tree(here)
+    return {name for name, found in now.items() if before.get(name) != found}
 
 
-def _in_another_process(tree: str) -> str:
-    """The fingerprints of a checkout; hashes are compared between equal processes."""
+def _of_tree(tree: str) -> dict[str, str]:
+    """The fingerprints of a checkout, computed in a process of its own."""
+    for package in PACKAGES[1:]:
+        (Path(tree) / "fxfunc" / package).symlink_to(Path(tree) / package)
     program = (
-        "import sys, json; sys.path[:0] = sys.argv[1:]; import fingerprints, fxfunc;"
-        "assert fxfunc.__file__.startswith(sys.argv[1]), fxfunc.__file__;"
+        "import sys, json; sys.path[:0] = sys.argv[1:]; import fingerprints, fxfunc.passes;"
+        "assert fxfunc.passes.__file__.startswith(sys.argv[1]), fxfunc.passes.__file__;"
         "print(json.dumps(fingerprints.fingerprints()))"
     )
     command = [sys.executable, "-c", program, tree, str(ROOT / "tests")]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=tree, env=os.environ
-    ).stdout
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=tree).stdout)

@@ -441,12 +441,21 @@ def _right(i: int) -> str | None:
     return next((f"fails without a fault: {name}: {error}" for name, error in raised.items() if error), None)
 
 
+def _plant(fault) -> None:
+    with fault.planted():
+        pass
+
+
 def _naive(i: int) -> str | None:
     fault = _shared["faults"][i]
     try:
+        forked(_plant, fault)
+    except RuntimeError as e:
+        return f"does not apply: {e}"
+    try:
         raised = forked(run_tests, fault.planted, [fault.test], "-x")
     except (RuntimeError, TimeoutError) as e:
-        return f"cannot be planted or run: {e}"
+        return f"its test does not run: {e}"
     error = next((e for e in raised.values() if e), None)
     if error is None:
         return "not noticed"
