@@ -152,9 +152,7 @@ case(
 )
 case(
     "tests",
-    lambda a: tuple(
-        test((a - 0.3).relu() / (a + 0.3).relu() * a) for test in TESTS
-    ),  # some NaN, some infinite
+    lambda a: tuple(t(a.masked_fill(a > 0.4, torch.inf).masked_fill(a < -0.4, torch.nan)) for t in TESTS),
     lambda s: (s(4, s.n),),
 )
 case("integer_tests", lambda a, b: (a == 1, a != b, a == b), lambda s: (s.ints(3, 4, s.n), s.ints(3, s.n)))
@@ -254,7 +252,7 @@ case(
 case(
     "any_few_all_many",
     lambda a, b: (a.any(), a.any(1), a.any((0, 1)), b.all(), b.all(1), b.all((0, 1))),
-    lambda s: (s.ints(9, 2, s.n) > 7, s.ints(9, 2, s.n) < 8),
+    lambda s: (s.ints(9, 2, s.n) > 6, s.ints(9, 2, s.n) < 8),
 )
 case("logsumexp", lambda a: a.logsumexp(1), lambda s: (s(3, s.n),))
 case("softmax", lambda a: a.softmax(-1), lambda s: (s(3, s.n),), F32, BF16)
