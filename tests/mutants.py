@@ -436,11 +436,6 @@ BROKEN = (
 )  # the fault's own, not the test's
 
 
-def _right(i: int) -> str | None:
-    raised = forked(run_tests, contextlib.nullcontext, [_shared["nodes"][i]])
-    return next((f"fails without a fault: {name}: {error}" for name, error in raised.items() if error), None)
-
-
 def _plant(fault) -> None:
     with fault.planted():
         pass
@@ -456,17 +451,17 @@ def _naive(i: int) -> str | None:
         raised = forked(run_tests, fault.planted, [fault.test], "-x")
     except (RuntimeError, TimeoutError) as e:
         return f"its test does not run: {e}"
-    error = next((e for e in raised.values() if e), None)
-    if error is None:
+    test, error = next(((name, e) for name, e in raised.items() if e), (None, None))
+    if test is None:
         return "not noticed"
-    return f"breaks the code rather than the answer: {error}" if error.split(":")[0] in BROKEN else None
+    if error.split(":")[0] in BROKEN:
+        return f"breaks the code rather than the answer: {error}"
+    without = forked(run_tests, contextlib.nullcontext, [test])[test]
+    return without and f"{test} fails without it: {without}"
 
 
 def check_faults(faults, jobs: int = 1) -> Iterator[tuple[object, str | None]]:
-    """(fault, what is wrong with it or with its test; None if the test passes without and fails with the fault)."""
-    nodes = list(dict.fromkeys(f.test for f in faults))
-    collect(nodes)
-    _shared.update(faults=faults, nodes=nodes)
-    wrong = dict(zip(nodes, _map(jobs, _right, len(nodes)), strict=True))
-    for fault, problem in zip(faults, _map(jobs, _naive, len(faults)), strict=True):
-        yield fault, wrong[fault.test] or problem
+    """(fault, what is wrong with it or with its test; None if a test fails with the fault and passes without)."""
+    collect(f.test for f in faults)
+    _shared.update(faults=faults)
+    yield from zip(faults, _map(jobs, _naive, len(faults)), strict=True)
