@@ -127,7 +127,9 @@ def programs(T, f, args, twice: bool):
         yield "vjp_jvp_residuals", lambda: T.vjp(lambda *xs: T.jvp(f, xs, ts)[1], *args)[1](ct)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "cholesky_inverse"])  # torch.func.jvp of it is wrong
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n != "cholesky_inverse"]
+)  # torch.func.jvp of it is wrong
 def test_semantics_11_agrees_with_torch_func(name):
     f, args, twice = CASES[name]
     with warnings.catch_warnings():
