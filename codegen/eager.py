@@ -59,6 +59,9 @@ def source(graph: Graph) -> str:
     return _Writer(graph, None).text()
 
 
+_DENSE = (torch.ops.aten.native_group_norm.default,)  # whose first operand must lie as its shape says
+
+
 class _Source:
     """Gives linecache the text of a program for as long as the program lives."""
 
@@ -241,6 +244,8 @@ class _Writer:
             )
         args, kwargs = _positional(op, args, n.kwargs)
         given = [self.arg(a) for a in args] + [f"{k}={self.arg(v)}" for k, v in kwargs.items()]
+        if op in _DENSE:
+            given[0] += ".contiguous()"
         function = best(op, args)
         module = "torch" if function is not getattr(op, "_op", op) else "aten"
         return f"{self.bind(f'{module}_{_op_name(op, module)}', function)}({', '.join(given)})"

@@ -87,7 +87,7 @@ def capture(
     by_value: a function that asks for the value of a tensor is captured again with the values of what it closes over, and of
     those of these leaves that are named, at hand; draws are known if all are.
     tracks: for each of them, whether the code sees `requires_grad == True`. grad: the grad mode it starts under.
-    randomness: that of an enclosing vmap.
+    randomness: that of an enclosing vmap. dense: for each of them, whether it is known to lie in memory as its shape says.
     writable=predicate: which inputs of the graph the function may write to; see `functionalize` and `write_back`.
     """
     outer = current()
@@ -129,15 +129,19 @@ def _capture(
     tracks=(),
     grad=True,
     randomness: str | None = None,
+    dense=(),
     **writable,
 ) -> Captured:
     recorder.randomness = randomness
     with custom.hooks(), foreign_modes_off(), recorder, torch.set_grad_enabled(grad):
         flags = iter(zip_longest(tracks, known, fillvalue=False))
         tensors = [x for x in leaves if is_tensor(x)]
-        tracers = iter(
-            [recorder.input(v, "x", *next(flags, ()), like=t) for v, t in zip(in_vals, tensors, strict=True)]
-        )
+        inputs = [
+            recorder.input(v, "x", *next(flags, ()), like=t) for v, t in zip(in_vals, tensors, strict=True)
+        ]
+        for x, lies in zip(inputs, dense, strict=False):
+            x.dense = lies
+        tracers = iter(inputs)
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
         graph = saw("capture", recorder.finish([x for x in out_leaves if is_tensor(x)], **writable))

@@ -13,7 +13,7 @@ from fxfunc.passes.infer import rewriting
 from fxfunc.passes.record import Builder
 from fxfunc.passes.regions import emit_chunks
 from fxfunc.passes.simplify import SIMPLIFY
-from fxfunc.passes.tracer import val_of
+from fxfunc.passes.tracer import lies_dense, val_of
 
 from .arguments import check_chunk_size, check_randomness
 from .capture import Captured, capture, check_tensors, execute, is_tensor, vals_of, write_back
@@ -60,6 +60,7 @@ def _vmap(func, in_dims, out_dims, randomness, chunk_size, args, kwargs):
         vals,
         by_value=tuple(not m for m in mapped),
         randomness=randomness,
+        dense=[lies_dense(x, d) for x, d in zip(tensors, tensor_dims, strict=True)],
         writable=lambda i: i < len(mapped) and mapped[i],
     )
     out = _out_dims(out_dims, captured) + [tensor_dims[i] for i in captured.graph.written]

@@ -482,14 +482,21 @@ def _copy(b: Builder, val: Val, x, **kwargs):
     return b.emit(aten._to_copy.default, (x,), {"dtype": val.dtype}) if val.dtype != x.dtype else x
 
 
-def _strided(x: Value, size, stride, storage_offset=None):
-    """Elements by their places in the dense tensor: values have no strides."""
+def _places(x: Value, size, stride, storage_offset=None) -> Value:
+    """The elements that as_strided names, by their places in the dense tensor: values have no strides."""
     if any(isinstance(s, Dim) for s in (*x.shape, *size, *stride)):
         raise errors.DynamicShape(what="the strides given to as_strided")
     with hermetic():
         places = torch.arange(numel(x.shape)).as_strided(size, stride, storage_offset or 0)
-        index = x.builder.constant(places.to(x.device))
-    return x.reshape([-1]).call(aten.index.Tensor, [index])
+        return x.builder.constant(places.to(x.device))
+
+
+def _strided(b: Builder, val: Val, x, *where):
+    return x.reshape([-1]).call(aten.index.Tensor, [_places(x, *where)])
+
+
+def _strided_scatter(b: Builder, val: Val, x, src, *where):
+    return x.reshape([-1]).call(aten.index_put.default, [_places(x, *where)], src).reshape(list(x.shape))
 
 
 CANONICAL = {
@@ -533,6 +540,7 @@ CANONICAL = {
     aten.transpose.int: lambda b, val, x, i, j: x.permute(_swapped(x.ndim, i, j)),
     aten._to_copy.default: _copy,
     aten.expand.default: lambda b, val, x, *args, **kwargs: x.expand(list(val.shape)),
-    aten.as_strided.default: lambda b, val, x, *args, **kwargs: _strided(x, *args, **kwargs),
+    aten.as_strided.default: _strided,
+    aten.as_strided_scatter.default: _strided_scatter,
     aten.rsub.Scalar: lambda b, val, x, other, alpha=1: b.emit(aten.neg.default, (x * alpha,)) + other,
 }

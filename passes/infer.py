@@ -144,7 +144,23 @@ def _run_meta(op, args, kwargs, sizes):
     kwargs = {
         k: torch.device("meta") if k == "device" and v is not None else to_meta(v) for k, v in kwargs.items()
     }
-    return op(*[to_meta(a) for a in args], **kwargs)
+    try:
+        return op(*[to_meta(a) for a in args], **kwargs)
+    except NotImplementedError:
+        if op.namespace != "aten":
+            raise
+        return _run_zeros(op, args, kwargs, sizes)
+
+
+def _run_zeros(op, args, kwargs, sizes):
+    """An op of ATen that says nothing of shapes, such as geqrf: asked with zeros on the CPU."""
+
+    def zeros(x):
+        if isinstance(x, Val):
+            return torch.zeros([at(s, sizes) for s in x.shape], dtype=x.dtype)
+        return [zeros(y) for y in x] if isinstance(x, (list, tuple)) else at(x, sizes)
+
+    return op(*map(zeros, args), **{k: zeros(v) for k, v in kwargs.items() if k != "device"})
 
 
 def _as_val(x, device):

@@ -14,7 +14,7 @@ from . import errors
 from .concrete import is_mask, value_of
 from .graph import Literal, constant, stop_gradient
 from .infer import hermetic
-from .tracer import Tracer, current, tracked
+from .tracer import Tracer, current, lies_dense, tracked
 
 aten = torch.ops.aten
 
@@ -61,6 +61,28 @@ def _cudnn_batch_norm(recorder, func, *args):
         *_batch_norm(recorder, func, *args),
         recorder.__torch_dispatch__(aten.new_empty.default, (), (args[0], [0])),
     )
+
+
+def _batch_norm_with_update(recorder, func, x, w, b, mean, var, momentum, eps):
+    found = _batch_norm(recorder, func, x, w, b, mean, var, True, momentum, eps)
+    reserve = {"dtype": torch.uint8}
+    return (*found, recorder.__torch_dispatch__(aten.new_empty.default, (), (x, [0]), reserve))
+
+
+def _rrelu(recorder, func, x, noise, lower=1 / 8, upper=1 / 3, training=False, generator=None):
+    """Slopes below zero are drawn, and kept in `noise`."""
+    with torch.overrides.enable_reentrant_dispatch(), recorder:
+        if not training:
+            return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+        drawn = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        slope = torch.where(x <= 0, drawn * (upper - lower) + lower, 1.0)
+        noise.copy_(slope)
+        return x * slope
+
+
+def _rrelu_(recorder, func, x, *args, **kwargs):
+    y = _rrelu(recorder, func, x, *args, **kwargs)
+    return recorder.__torch_dispatch__(aten.copy_.default, (), (x, y))
 
 
 def _weight_norm(recorder, func, v, g, dim=0):
@@ -122,6 +144,9 @@ DISPATCH = {
     aten.native_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten._batch_norm_with_update.default: _batch_norm_with_update,
+    aten.rrelu_with_noise.default: _rrelu,
+    aten.rrelu_with_noise_.default: _rrelu_,
     aten._local_scalar_dense.default: _item,
     aten.lift_fresh.default: _lift_fresh,
     aten.lift_fresh_copy.default: _lift_fresh,
@@ -166,12 +191,29 @@ def _view(x, *args, **kwargs):
 
 
 def _as_strided(x, *args, **kwargs):
-    if isinstance(x, Tracer) and not x.dense:
+    if not lies_dense(x):
         raise errors.NotSupported(
             what="as_strided of a tensor whose strides are not known",
             instead="Call .contiguous() first, or use unfold, diagonal or indexing.",
         )
     return torch.as_strided(x, *args, **kwargs)
+
+
+def _lstsq(a, b, rcond=None, *, driver=None):
+    """By the pseudo-inverse; of a tall matrix that has full rank, as torch's drivers assume or find."""
+    vector = b.ndim == a.ndim - 1 and b.shape == a.shape[:-1]
+    columns = b.unsqueeze(-1) if vector else b
+    x = torch.linalg.pinv(a, rtol=rcond) @ columns
+    tall = a.shape[-2] > a.shape[-1]
+    residuals = (a @ x - columns).abs().square().sum(-2) if tall else a.real.new_zeros([0])
+    ranks = driver != "gels"
+    rank = (
+        torch.linalg.matrix_rank(a, rtol=rcond)
+        if ranks
+        else torch.zeros([0], dtype=torch.int64, device=a.device)
+    )
+    values = torch.linalg.svdvals(a) if driver in ("gelsd", "gelss") else a.real.new_zeros([0])
+    return torch.return_types.linalg_lstsq((x.squeeze(-1) if vector else x, residuals, rank, values))
 
 
 def _one_hot(x, num_classes=-1):
@@ -349,6 +391,7 @@ FUNCTIONS = {
     torch.asarray: _from_data(torch.asarray, copies=False),
     torch.Tensor.contiguous: _contiguous,
     torch.Tensor.view: _view,
+    torch.linalg.lstsq: _lstsq,
     torch.Tensor.as_strided: _as_strided,
     torch.as_strided: _as_strided,
     torch.ctc_loss: _ctc_loss,

@@ -7,6 +7,7 @@ Tensors of other recorders and real tensors become inputs (`captures`), bound by
 
 from __future__ import annotations
 
+import functools
 from types import FunctionType
 
 import torch
@@ -22,7 +23,7 @@ from .graph import Graph, Val
 from .infer import meta_result
 from .intercept import DISPATCH, FUNCTIONS, OF_LIBRARY
 from .record import Builder, Value, resolve, vals
-from .tracer import Tracer, recorders, refuse_draw, refuse_tensor, tracked, val_of
+from .tracer import Tracer, lies_dense, recorders, refuse_draw, refuse_tensor, tracked, val_of
 
 aten = torch.ops.aten
 
@@ -30,13 +31,22 @@ aten = torch.ops.aten
 class _Functions(TorchFunctionMode):
     """Calls whose meaning is lost below the level of torch functions (`FUNCTIONS`), on tracers and real tensors alike."""
 
+    def __init__(self):
+        super().__init__()
+        self.running: list = []  # torch's Python functions whose bodies this mode sees
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if (meaning := FUNCTIONS.get(func)) is not None:
             return meaning(*args, **(kwargs or {}))
-        if not (isinstance(func, FunctionType) and "handle_torch_function" in func.__globals__):
+        python = isinstance(func, FunctionType) and "handle_torch_function" in func.__globals__
+        if not python or func in self.running:
             return func(*args, **(kwargs or {}))
-        with self:
-            return _body(func)(*args, **(kwargs or {}))
+        self.running.append(func)
+        try:
+            with self:
+                return _body(func)(*args, **(kwargs or {}))
+        finally:
+            self.running.remove(func)
 
 
 def _body(func: FunctionType) -> FunctionType:
@@ -96,7 +106,9 @@ class Recorder(TorchDispatchMode):
         value.node.meta["scattered"] = like is not None and not like.is_contiguous()
         if self.concrete is not None and known:
             self.concrete.bind(value, like)
-        return Tracer(self, value, tracks)
+        tracer = Tracer(self, value, tracks)
+        tracer.dense = like is not None and val_of(like).shape == val.shape and lies_dense(like)
+        return tracer
 
     def lift(self, t: torch.Tensor) -> Value:
         """The value of a tensor met in captured code; one that is not ours becomes a capture."""
@@ -162,6 +174,9 @@ class Recorder(TorchDispatchMode):
         return next((h for find in OF_LIBRARY if (h := find(func))), None) if wanted else None
 
     def _record(self, func, *args, **kwargs):
+        if _decomposes(func):  # below autograd, where ATen has not written it with others yet
+            with torch.overrides.enable_reentrant_dispatch(), self:
+                return func.decompose(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
         refuse_draw(func)
@@ -237,6 +252,11 @@ class Recorder(TorchDispatchMode):
         """The functional graph of what was recorded; captures are its last inputs."""
         values = [None if o is None else self.lift(o) for o in outputs]
         return functionalize(self.builder.finish_raw(values), **kwargs)
+
+
+@functools.cache
+def _decomposes(func) -> bool:
+    return func.namespace == "aten" and func._can_decompose()
 
 
 def _returns_tensors(func) -> bool:

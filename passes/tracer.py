@@ -102,6 +102,14 @@ def refuse_tensor(t: torch.Tensor, whose: str) -> None:
         )
 
 
+def lies_dense(t: torch.Tensor, dim: int | None = None) -> bool:
+    """Whether a tensor, or each slice of it along `dim`, is known to lie in memory as its shape says."""
+    if isinstance(t, Tracer):
+        return t.dense and dim in (None, 0)
+    example = t if dim is None or not t.shape[dim] else t.select(dim, 0)
+    return example.is_contiguous() and not t.storage_offset()
+
+
 def refuse_draw(call) -> None:
     """Random draws need a vmap that says what they mean."""
     if is_random(call) and any(r.randomness == "error" for r in recorders()):

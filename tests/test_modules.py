@@ -374,13 +374,6 @@ STEPS, AVERAGE = made(nn.GRU, D, H), made(nn.BatchNorm1d, D, momentum=None)
 INDEX = torch.tensor([0, 2, 2])
 REFUSED = {
     "packed": (packed, wave(T, B, D), errors.NotSupported),
-    "cumulative average": (
-        lambda x: fxfunc.functional_call(
-            AVERAGE, {k: b.clone() for k, b in AVERAGE.named_buffers()}, (x,)
-        ).sum(),
-        wave(5, D),
-        errors.ValueDependent,
-    ),
     "max_norm": (lambda w: F.embedding(INDEX, w, max_norm=0.5).sum(), wave(3, D), errors.MutatedCapture),
     "second order by frequency": (
         lambda w: fxfunc.grad(lambda w: F.embedding(INDEX, w, scale_grad_by_freq=True).pow(2).sum())(w).sum(),
@@ -397,6 +390,23 @@ def test_modules_that_are_refused_by_name(case):
         with pytest.raises(error) as caught:
             call()
         assert "test_modules.py" in str(caught.value)
+
+
+def test_a_cumulative_average_reads_how_often_it_was_called():
+    """Which one graph for all calls cannot."""
+
+    def f(x):
+        return (
+            fxfunc.functional_call(AVERAGE, {k: b.clone() for k, b in AVERAGE.named_buffers()}, (x,))
+            .pow(3)
+            .sum()
+        )
+
+    x = wave(5, D)
+    close(fxfunc.grad(f)(x), reference(f, x))
+    close(fxfunc.vmap(fxfunc.grad(f))(x[None]), reference(f, x)[None])
+    with pytest.raises(errors.ValueDependent, match="test_modules.py"):
+        fxfunc.jit(fxfunc.grad(f))(x)
 
 
 def test_max_norm_of_a_clone_is_right():

@@ -1035,13 +1035,25 @@ def test_semantics_19_views_are_by_the_sizes_of_one_example(f, mode):
 
 
 @both_modes
+@pytest.mark.parametrize("derivative", [d for d in DERIVATIVES if "vmap" not in d])
+def test_semantics_19_as_strided_of_an_argument_goes_by_its_layout(derivative, mode):
+    agree_on(mode, derivative, lambda x: x.as_strided((2, 2), (1, 1), 1).sin().reshape(-1), vector(4))
+
+
+@both_modes
+def test_semantics_19_as_strided_of_a_closure_that_does_not_lie_in_order_is_refused(mode):
+    w = matrix(3, 4).t()
+    with pytest.raises(errors.NotSupported, match=r"as_strided.*\.contiguous\(\) first"):
+        MODES[mode](fxfunc.vmap(lambda x: x * w.as_strided((2, 2), (1, 2))), matrix())
+
+
+@both_modes
 def test_semantics_19_as_strided_of_an_unknown_layout_is_refused(mode):
     f = lambda x: x.as_strided((2, 2), (1, 2))
     for g in (
-        f,
-        lambda x: torch.as_strided(x, (2, 2), (1, 2)),
         lambda x: f(x.t()),
-        lambda x: f((x * 1).t() * 1),
+        lambda x: f(x * 1),
+        lambda x: torch.as_strided((x * 1).t() * 1, (2, 2), (1, 2)),
     ):
         for transform in (fxfunc.vmap, lambda f: fxfunc.grad(lambda x: f(x).sum()), fxfunc.jacfwd):
             with pytest.raises(errors.NotSupported, match=r"as_strided.*\.contiguous\(\) first"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..record import Value, aten
 from .batching import along, expand, permute, reshape
 from .table import Undefined, composite, linear, rule
@@ -209,3 +211,16 @@ for _op in (aten.tril, aten.triu):
         (lambda op: lambda ct, a, diagonal=0: ct.call(op, diagonal))(_op.default),
         batch=_pad_batch,
     )
+
+
+def _linspace(start, end, steps, dtype=None, **how):
+    """Between bounds that are tensors; of the ways to write it the one that is right for one step too."""
+    bound = start if isinstance(start, Value) else end
+    dtype = dtype or torch.get_default_dtype()
+    share = bound.builder.emit(aten.arange.default, (steps,), {"dtype": dtype, "device": bound.device})
+    share = share * (1 / max(steps - 1, 1))
+    return (start * (1 - share) + share * end).to(dtype)
+
+
+for _op in (aten.linspace.Tensor_Tensor, aten.linspace.Tensor_Scalar, aten.linspace.Scalar_Tensor):
+    composite(_op, _linspace)
