@@ -106,9 +106,10 @@ def table(**rows):
     [
         (table(a=("wrong",)), "wrong: a | jvp"),
         (table(a=("not_compared",)), "not_compared: a | jvp"),
+        (table(a=("harness", 0, 0, "", "KeyError: a")), "harness: a | jvp | float64 | KeyError: a"),
         (table(**{f"op{i}": ("we_cannot",) for i in range(11)}), "we_cannot: 11 entries"),
     ],
-    ids=["wrong", "not compared", "too many that we cannot"],
+    ids=["wrong", "not compared", "a fault of the harness", "too many that we cannot"],
 )
 def test_what_must_not_be(script, found, fault):
     (line,) = script.faults(script.lines(found))
@@ -118,12 +119,13 @@ def test_what_must_not_be(script, found, fault):
 
 def test_an_entry_that_changes_its_file_is_seen(script, tmp_path):
     before = script.lines(table(a=("agrees",), b=("agrees",), c=("agrees",)))
-    for name in script.RECORDED:
-        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in before.get(name, ())))
+    script.record(before, {"a", "b", "c"}, tmp_path)
     now = script.lines(table(a=("agrees",), b=("we_cannot", 0, 0, "", "a reason")))
     changes = script.changes(now, ["a", "b"], tmp_path)
     assert changes == ["agrees: gone: b | jvp | float64", "we_cannot: new: b | jvp | float64 | a reason"]
     assert script.changes(before, ["a", "b", "c"], tmp_path) == []
+    script.record(now, {"a", "b"}, tmp_path)
+    assert script.changes(now, ["a", "b"], tmp_path) == script.changes(before, ["c"], tmp_path) == []
 
 
 @pytest.mark.parametrize(
