@@ -165,6 +165,11 @@ class Recorder(TorchDispatchMode):
             )
         if (handler := self._of_library(func)) is not None:
             return handler(self, func, *args, **(kwargs or {}))
+        if func not in DISPATCH and _decomposes(
+            func
+        ):  # called below autograd: ATen has not written it with others yet
+            with torch.overrides.enable_reentrant_dispatch(), self:
+                return func.decompose(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
             return DISPATCH.get(func, Recorder._record)(self, func, *args, **(kwargs or {}))
 
@@ -174,9 +179,6 @@ class Recorder(TorchDispatchMode):
         return next((h for find in OF_LIBRARY if (h := find(func))), None) if wanted else None
 
     def _record(self, func, *args, **kwargs):
-        if _decomposes(func):  # below autograd, where ATen has not written it with others yet
-            with torch.overrides.enable_reentrant_dispatch(), self:
-                return func.decompose(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
         refuse_draw(func)

@@ -31,6 +31,7 @@ INEXACT = {  # torch's own error in float64
 }
 UNDECIDED = {  # what finite differences of the op cannot say
     "cholesky": "finite differences see one triangle alone, the formula both",
+    "cholesky_inverse": "finite differences see one triangle alone; for tangents in it ours agrees, torch's is inexact",
     "linalg_norm_subgradients_at_zero": "second derivatives where there is no first; torch has NaN for orders below 1",
     "linalg_eig": "the vectors have a free phase, which torch checks at run time",
 }
@@ -105,7 +106,7 @@ class Problem:
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         """Another example like this one, within the op's domain if that is a cone."""
-        return x * 0.75 if x.is_floating_point() or x.is_complex() else x.clone()
+        return x * 0.7654321 if x.is_floating_point() or x.is_complex() else x.clone()
 
 
 class Empty(Exception):
@@ -477,24 +478,26 @@ def _alone(transform, op, sample, dtype, cannot, ours, problem, random) -> Outco
 
 
 def _settled(transform, op, sample, dtype, ours, theirs) -> str | None:
-    """Two answers differ: the slow reference that ours agrees with and torch's does not."""
-    try:
-        how = _checked(transform, op, sample, dtype, ours, trusted=False)
-        if transform in (jvp_vjp, vjp_vjp):  # whose reference takes our first derivative for granted
-            first, _ = attempt(vjp, fxfunc, Problem(op, sample, dtype))
-            _checked(vjp, op, sample, dtype, first, trusted=False)
-    except Disagreement:
-        return None
-    if theirs is None:
-        return how
-    try:
-        _checked(transform, op, sample, dtype, theirs, trusted=False)
-    except Disagreement:
-        return how
+    """Two answers differ: the slow reference that ours agrees with and torch's does not, roughly or closely."""
+    check = functools.partial(_checked, op=op, sample=sample, dtype=dtype, trusted=False)
+    for tolerance in (1e-4, 1e-6):
+        try:
+            how = check(transform, answer=ours, tolerance=tolerance)
+            if transform in (jvp_vjp, vjp_vjp):  # whose reference takes our first derivative for granted
+                first, _ = attempt(vjp, fxfunc, Problem(op, sample, dtype))
+                check(vjp, answer=first, tolerance=1e-4)
+        except Disagreement:
+            return None
+        if theirs is None:
+            return how
+        try:
+            check(transform, answer=theirs, tolerance=tolerance)
+        except Disagreement:
+            return how
     return None
 
 
-def _checked(transform, op, sample, dtype, answer, trusted: bool = True) -> str:
+def _checked(transform, op, sample, dtype, answer, trusted: bool = True, tolerance: float = 1e-4) -> str:
     """The slow reference that an answer agrees with; raises Disagreement."""
     narrow, sample = dtype is torch.float32, _wide(sample)
     wide = torch.float64 if narrow else dtype
@@ -502,7 +505,7 @@ def _checked(transform, op, sample, dtype, answer, trusted: bool = True) -> str:
     found, spec = pytree.tree_flatten(expected)
     given = pytree.tree_leaves(answer)
     expected = pytree.tree_unflatten([x.to(y.dtype) for x, y in zip(found, given, strict=True)], spec)
-    tolerance = 1e-3 if narrow else 1e-10 if transform is vmap else 1e-4
+    tolerance = 1e-3 if narrow else 1e-10 if transform is vmap else tolerance
     try:
         compare(answer, expected, lambda i: tolerance, random=False)
     except Disagreement as wrong:
