@@ -33,6 +33,10 @@ UNDECIDED = {  # what finite differences of the op cannot say
     "cholesky": "finite differences see one triangle alone, the formula both",
     "cholesky_inverse": "finite differences see one triangle alone; for tangents in it ours agrees, torch's is inexact",
     "linalg_norm_subgradients_at_zero": "second derivatives where there is no first; torch has NaN for orders below 1",
+    **dict.fromkeys(
+        ("nn_functional_linear_cross_entropy_chunked", "nn_functional_linear_cross_entropy_chunked_none"),
+        "its backward detaches what it saved: second derivatives are what the op's author says",
+    ),
     "linalg_eig": "the vectors have a free phase, which torch checks at run time",
 }
 FLOAT32 = 1e-5  # or three times torch's own error against float64
