@@ -1350,3 +1350,15 @@ def _masked_scatter(a, m, b):
 
 def _multi_head(x, w, u, **how):
     return F.multi_head_attention_forward(x, x, x, 4, 2, w, None, None, None, False, 0.0, u, None, **how)[0]
+
+
+case(
+    "linspace_of_tensors",
+    lambda a, b: (
+        torch.linspace(a, b, 4, dtype=a.dtype),
+        torch.linspace(a, 2.0, 4, dtype=a.dtype),
+        torch.linspace(2.0, b, 4, dtype=a.dtype),
+    ),
+    lambda s: (s(), s()),
+    reference=lambda a, b: tuple(x + (y - x) * torch.arange(4) / 3 for x, y in ((a, b), (a, 2.0), (2.0, b))),
+)
