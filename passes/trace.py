@@ -49,14 +49,15 @@ class _Functions(TorchFunctionMode):
             self.running.remove(func)
 
 
+_ASKS_NOBODY = dict.fromkeys(
+    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *args: False
+)
+
+
 def _body(func: FunctionType) -> FunctionType:
     """One of torch's Python functions, that does not ask for a mode again: the mode stays on for the calls that it makes."""
-    no = dict.fromkeys(
-        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *args: False
-    )
-    body = FunctionType(
-        func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__, func.__closure__
-    )
+    names = {**func.__globals__, **_ASKS_NOBODY}
+    body = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
     body.__kwdefaults__ = func.__kwdefaults__
     return body
 
@@ -165,9 +166,7 @@ class Recorder(TorchDispatchMode):
             )
         if (handler := self._of_library(func)) is not None:
             return handler(self, func, *args, **(kwargs or {}))
-        if func not in DISPATCH and _decomposes(
-            func
-        ):  # called below autograd: ATen has not written it with others yet
+        if func not in DISPATCH and _decomposes(func):
             with torch.overrides.enable_reentrant_dispatch(), self:
                 return func.decompose(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
@@ -221,6 +220,7 @@ class Recorder(TorchDispatchMode):
         x.value = self.emit(resolve(packet, (value, *args[1:]), kwargs), (value, *args[1:]), kwargs).value
         with no_dispatch():
             func(*args, **kwargs)
+        x.dense = False
         return x
 
     def _values(self, x, tensors: list):
@@ -258,6 +258,7 @@ class Recorder(TorchDispatchMode):
 
 @functools.cache
 def _decomposes(func) -> bool:
+    """True for an op that ATen writes with others, which has not happened yet where it is called below autograd."""
     return func.namespace == "aten" and func._can_decompose()
 
 

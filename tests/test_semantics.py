@@ -1052,6 +1052,7 @@ def test_semantics_19_as_strided_of_an_unknown_layout_is_refused(mode):
     f = lambda x: x.as_strided((2, 2), (1, 2))
     for g in (
         lambda x: f(x.t()),
+        lambda x: f(x.contiguous().t_()),
         lambda x: f(x * 1),
         lambda x: torch.as_strided((x * 1).t() * 1, (2, 2), (1, 2)),
     ):
