@@ -137,6 +137,19 @@ def _with_aux(f: Callable, has_aux: bool) -> Callable:
     return f if has_aux else lambda *args, **kwargs: (f(*args, **kwargs), None)
 
 
+def _transformed(name: str, mode: str, func, argnums, has_aux: bool, chunk_size, randomness=None) -> Callable:
+    """A function returning the jacobian of `func`, or (jacobian, aux) with has_aux."""
+    check_chunk_size(name, chunk_size)
+
+    @transform(func, name, argnums, mode, has_aux, chunk_size, randomness)
+    def wrapper(*args, **kwargs):
+        f = _with_aux(func, has_aux)
+        found, _, aux = _jacobian(name, mode, f, argnums, args, kwargs, chunk_size, randomness)
+        return (found, aux) if has_aux else found
+
+    return wrapper
+
+
 def jacrev(
     func: Callable,
     argnums: int | tuple[int, ...] = 0,
@@ -150,15 +163,7 @@ def jacrev(
     chunk_size: rows computed at a time; None is all of them. Errors as for vjp; TypeOfArgument for a chunk_size below 1.
     Follows torch.func.jacrev.
     """
-    check_chunk_size("jacrev", chunk_size)
-
-    @transform(func, "jacrev", argnums, has_aux, chunk_size)
-    def wrapper(*args, **kwargs):
-        f = _with_aux(func, has_aux)
-        jacobian, _, aux = _jacobian("jacrev", "reverse", f, argnums, args, kwargs, chunk_size)
-        return (jacobian, aux) if has_aux else jacobian
-
-    return wrapper
+    return _transformed("jacrev", "reverse", func, argnums, has_aux, chunk_size)
 
 
 def value_and_jacrev(
@@ -197,15 +202,7 @@ def jacfwd(
     columns. chunk_size: columns computed at a time.
     """
     check_randomness("jacfwd", randomness)
-    check_chunk_size("jacfwd", chunk_size)
-
-    @transform(func, "jacfwd", argnums, has_aux, randomness, chunk_size)
-    def wrapper(*args, **kwargs):
-        f = _with_aux(func, has_aux)
-        jacobian, _, aux = _jacobian("jacfwd", "forward", f, argnums, args, kwargs, chunk_size, randomness)
-        return (jacobian, aux) if has_aux else jacobian
-
-    return wrapper
+    return _transformed("jacfwd", "forward", func, argnums, has_aux, chunk_size, randomness)
 
 
 def jacobian(
@@ -221,19 +218,11 @@ def jacobian(
     "auto" takes forward mode where the selected arguments have fewer elements than the outputs, unless the function holds
     what only reverse mode stops at (no_grad), so it always gives jacrev's answer. Raises TypeOfArgument for another mode.
     """
-    check_chunk_size("jacobian", chunk_size)
     if mode not in ("auto", *GRAPHS):
         raise errors.TypeOfArgument(
             what=f"jacobian: mode is {mode!r}", instead='Use "auto", "reverse" or "forward".'
         )
-
-    @transform(func, "jacobian", argnums, mode, has_aux, chunk_size)
-    def wrapper(*args, **kwargs):
-        f = _with_aux(func, has_aux)
-        found, _, aux = _jacobian("jacobian", mode, f, argnums, args, kwargs, chunk_size)
-        return (found, aux) if has_aux else found
-
-    return wrapper
+    return _transformed("jacobian", mode, func, argnums, has_aux, chunk_size)
 
 
 def hessian(

@@ -18,7 +18,7 @@ from fxfunc.passes.graph import stop_gradient as _stop_gradient
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize as _linearize
 from fxfunc.passes.linearize import vjp as _emit_vjp
-from fxfunc.passes.record import Builder
+from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.rules.region import differentiate, transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.tracer import val_of
@@ -39,8 +39,13 @@ def _grad_graph(graph: Graph, nonzero: tuple[bool, ...]) -> Graph:
     outs, cts = _emit_vjp(
         b, graph, inputs, nonzero, lambda outs: [b.full(outs[0].val, 1)] + [None] * (len(outs) - 1)
     )
+    return b.finish(_real(b, graph, nonzero, cts) + outs)
+
+
+def _real(b: Builder, graph: Graph, nonzero, cts) -> list[Value]:
+    """The cotangents of the nonzero inputs of a graph, zeros made real."""
     vals = [n.meta["val"] for n, z in zip(graph.inputs, nonzero, strict=True) if z]
-    return b.finish([ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, vals, strict=True)] + outs)
+    return [ct if ct is not None else b.full(v, 0) for ct, v in zip(cts, vals, strict=True)]
 
 
 def _scalar(transform: str, captured: Captured, has_aux: bool):
@@ -118,8 +123,7 @@ def _transposed(graph: Graph, nonzero, given: tuple[int, ...]) -> Graph:
     back = transposed(cut.linear, cut.residuals, list(given))
     b = Builder(SIMPLIFY)
     outs = b.inline(back, [b.input(n.meta["val"], n.name) for n in back.inputs])
-    vals = [n.meta["val"] for n, z in zip(graph.inputs, nonzero, strict=True) if z]
-    return b.finish([o if o is not None else b.full(v, 0) for o, v in zip(outs, vals, strict=True)])
+    return b.finish(_real(b, graph, nonzero, outs))
 
 
 @entry
@@ -255,8 +259,7 @@ def _linear_graph(graph: Graph, nonzero) -> Graph:
     given = [j for j, z in enumerate(cut.nonzero_out) if z]
     back = transposed(cut.linear, cut.residuals, list(range(len(given))))
     outs = b.inline(back, [*residuals, *(cts[j] for j in given)])
-    vals = [n.meta["val"] for n, z in zip(graph.inputs, nonzero, strict=True) if z]
-    return b.finish([o if o is not None else b.full(v, 0) for o, v in zip(outs, vals, strict=True)])
+    return b.finish(_real(b, graph, nonzero, outs))
 
 
 @entry
