@@ -166,5 +166,5 @@ def _stopped(jvp: Jvp, t: Value | None) -> Value | None:
     return None if t is None else jvp.b.emit(stop_reverse, (t,))
 
 
-# Ops whose tangent rule needs the engine; regions add theirs in rules/region.py.
+# Ops whose tangent rule needs the engine; regions add theirs in rules/region.py and rules/loop.py.
 SPECIAL = {stop_reverse: _stop_reverse, stop_gradient: _stop_gradient, graft: _graft}

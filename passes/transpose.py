@@ -148,5 +148,5 @@ def _is_one(size) -> bool:
     return not isinstance(size, Dim) and size == 1
 
 
-# Regions add theirs in rules/region.py.
+# Regions add theirs in rules/region.py and rules/loop.py.
 SPECIAL: dict = {}

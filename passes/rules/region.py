@@ -1,17 +1,15 @@
-"""Derivatives of regions: each rule gives regions again, their bodies differentiated."""
+"""Derivatives of regions: each rule gives regions again, their bodies differentiated. Those of `scan` are in loop.py."""
 
 from __future__ import annotations
-
-import dataclasses
 
 from .. import jvp as forward
 from .. import transpose as reverse
 from ..errors import MissingRule
-from ..graph import Graph, Val, cond, custom, extract, linear_call, map_, scan, stop_gradient
+from ..graph import Graph, Val, cond, custom, extract, linear_call, map_, stop_gradient
 from ..jvp import Dual, Jvp, instantiate
 from ..linearize import Linearized, linearize
 from ..record import Builder, Value
-from ..regions import emit_cond, emit_map, emit_scan
+from ..regions import emit_cond, emit_map
 from ..simplify import SIMPLIFY
 from .table import Undefined
 
@@ -30,7 +28,7 @@ def differentiate(body: Graph, nonzero, *, reverse_mode: bool) -> tuple[Graph, t
     )
 
 
-def _zip(outs, tangents, nonzero):
+def paired(outs, tangents, nonzero):
     tangents = iter(tangents)
     return tuple(Dual(o, next(tangents) if z else None) for o, z in zip(outs, nonzero, strict=True))
 
@@ -51,7 +49,7 @@ def _map_jvp(jvp: Jvp, args, kwargs):
     kinds = [kind for kind, z in zip(outs, cut.nonzero_out, strict=True) if z]
     operands = results[cut.count :] + tangents
     out_tangents = emit_map(jvp.b, cut.linear, operands, r_mapped + t_mapped, kinds, length, randomness)
-    return _zip(results[: cut.count], out_tangents, cut.nonzero_out)
+    return paired(results[: cut.count], out_tangents, cut.nonzero_out)
 
 
 def _map_transpose(b: Builder, cts, args, kwargs):
@@ -98,136 +96,6 @@ def _without_none(graph: Graph) -> Graph:
     return extract(list(graph.inputs), [n for n in graph.outputs if n is not None])
 
 
-# ----- scan -----------------------------------------------------------------------------------------------------------
-
-
-def _carry_fixpoint(body: Graph, n_consts: int, n_carry: int, nonzero: list[bool], flow) -> list[bool]:
-    """Grow the nonzero carries until the body adds none: a carry may become nonzero in a later step."""
-    nonzero = list(nonzero)
-    while True:
-        out = flow(tuple(nonzero))[:n_carry]
-        grown = [a or z for a, z in zip(nonzero[n_consts : n_consts + n_carry], out, strict=True)]
-        if grown == nonzero[n_consts : n_consts + n_carry]:
-            return nonzero
-        nonzero[n_consts : n_consts + n_carry] = grown
-
-
-def _scan_jvp(jvp: Jvp, args, kwargs):
-    body, consts, carry, xs = args
-    duals = [*consts, *carry, *xs]
-    nc, nk = len(consts), len(carry)
-    start = [d.t is not None for d in duals]
-    if not jvp.split:
-        return _scan_fused(jvp, body, duals, nc, nk, start, kwargs)
-    nonzero = _carry_fixpoint(
-        body, nc, nk, start, lambda z: linearize(body, z, reverse=jvp.reverse).nonzero_out
-    )
-    cut = linearize(body, tuple(nonzero), reverse=jvp.reverse)
-    cut = _with_carry_tangents(cut, nonzero[nc : nc + nk], nc, nk)
-    primals = [d.p for d in duals]
-    parts = primals[:nc], primals[nc : nc + nk], primals[nc + nk :]
-    results = emit_scan(jvp.b, cut.primal, *parts, **kwargs)
-    tangents = [(instantiate(d.t, d.p), i) for i, (d, z) in enumerate(zip(duals, nonzero, strict=True)) if z]
-    values = [*results[cut.count :], *(t for t, _ in tangents)]
-    part = [2] * cut.residuals + [0 if i < nc else 1 if i < nc + nk else 2 for _, i in tangents]
-    linear, groups = _grouped(cut.linear, values, part)
-    return _zip(results[: cut.count], emit_scan(jvp.b, linear, *groups, **kwargs), cut.nonzero_out)
-
-
-def _grouped(body: Graph, values, part: list[int]) -> tuple[Graph, list[list]]:
-    """A scan's body with its inputs reordered as constants (0), carry (1) and xs (2), and the values in these groups."""
-    order = sorted(range(len(values)), key=part.__getitem__)
-    groups = [[values[i] for i in order if part[i] == p] for p in range(3)]
-    return extract([body.inputs[i] for i in order], list(body.outputs), body.draws), groups
-
-
-def _with_carry_tangents(cut, nonzero_carry, nc, nk):
-    """A carry that enters with a tangent leaves with one, zeros if need be."""
-    if all(o or not z for o, z in zip(cut.nonzero_out, nonzero_carry, strict=False)):
-        return cut
-    b = Builder(SIMPLIFY)
-    values = [b.input(n.meta["val"], n.name) for n in cut.linear.inputs]
-    given = iter(b.inline(cut.linear, values))
-    outs, flags = [], []
-    for j, (o, node) in enumerate(zip(cut.nonzero_out, cut.primal.outputs[: cut.count], strict=True)):
-        need = o or (j < nk and nonzero_carry[j])
-        flags.append(need)
-        if need:
-            outs.append(next(given) if o else b.full(node.meta["val"], 0))
-    return dataclasses.replace(cut, linear=b.finish(outs), nonzero_out=tuple(flags))
-
-
-def _scan_fused(jvp: Jvp, body, duals, nc, nk, start, kwargs):
-    nonzero = _carry_fixpoint(
-        body, nc, nk, start, lambda z: differentiate(body, z, reverse_mode=jvp.reverse)[1]
-    )
-    both, flags = differentiate(body, tuple(nonzero), reverse_mode=jvp.reverse)
-    count = len(body.outputs)
-    b = Builder(SIMPLIFY)
-    ins = [b.input(n.meta["val"], n.name) for n in both.inputs]
-    outs = b.inline(both, ins)
-    t_values = dict(zip([j for j, z in enumerate(flags) if z], outs[count:], strict=True))
-    carry_t = [j for j in range(nk) if nonzero[nc + j]]
-    ys_t = [j for j in range(nk, count) if flags[j]]
-    t_carry = [t_values[j] if j in t_values else b.full(body.outputs[j].meta["val"], 0) for j in carry_t]
-    full = b.finish(outs[:nk] + t_carry + outs[nk:count] + [t_values[j] for j in ys_t])
-    with_t = [i for i, z in enumerate(nonzero) if z]
-    values = [d.p for d in duals] + [instantiate(duals[i].t, duals[i].p) for i in with_t]
-    part = [0 if i < nc else 1 if i < nc + nk else 2 for i in [*range(len(duals)), *with_t]]
-    ordered, groups = _grouped(full, values, part)
-    results = emit_scan(jvp.b, ordered, *groups, **kwargs)
-    t_results = dict(zip(carry_t, results[nk:], strict=False))
-    ys = results[nk + len(carry_t) :]
-    t_results |= dict(zip(ys_t, ys[count - nk :], strict=True))
-    return tuple(Dual(o, t_results.get(j)) for j, o in enumerate(results[:nk] + ys[: count - nk]))
-
-
-def _scan_transpose(b: Builder, cts, args, kwargs):
-    """The scan backward: cotangents of constants are accumulated in the carry, those of xs are the new ys."""
-    body, consts, carry, xs = args
-    c_lin, x_lin = ([x for x in part if isinstance(x, Undefined)] for part in (consts, xs))
-    c_res, x_res = ([x for x in part if not isinstance(x, Undefined)] for part in (consts, xs))
-    first, nk = len(c_lin), len(carry)
-    given = [j for j in range(nk, len(cts)) if cts[j] is not None]
-
-    t = Builder(SIMPLIFY)
-    inner, residuals = _carry_linear(body, args[1:])
-    res = [t.input(n.meta["val"], n.name) for n in residuals]
-    acc = [t.input(x.val, "acc") for x in c_lin]
-    inner_cts: list[Value | None] = [t.input(x.val, "ct") for x in carry] + [None] * (len(cts) - nk)
-    for j in given:
-        inner_cts[j] = t.input(body.outputs[j].meta["val"], "ct_y")
-    shares = reverse.transpose(t, inner, res, inner_cts)
-    vals = [x.val for x in carry] + [Val(x.shape[1:], x.dtype, x.val.device) for x in x_lin]
-    rest = [s if s is not None else t.full(v, 0) for s, v in zip(shares[first:], vals, strict=True)]
-    graph = t.finish([forward.add(a, s) for a, s in zip(acc, shares[:first], strict=True)] + rest)
-
-    start = [b.full(x.val, 0) for x in c_lin] + [
-        ct if ct is not None else b.full(x.val, 0) for ct, x in zip(cts[:nk], carry, strict=True)
-    ]
-    values = [*c_res, *x_res, *start, *(cts[j] for j in given)]
-    part = [0] * len(c_res) + [2] * len(x_res) + [1] * len(start) + [2] * len(given)
-    graph, groups = _grouped(graph, values, part)
-    results = emit_scan(b, graph, *groups, length=kwargs["length"], reverse=not kwargs["reverse"])
-    to_carry = zip(results[first : first + nk], carry, strict=True)
-    return [
-        *results[:first],
-        *(r for r, x in to_carry if isinstance(x, Undefined)),
-        *results[first + nk :],
-    ]
-
-
-def _carry_linear(body: Graph, parts) -> tuple[Graph, list]:
-    """A linear scan's body with its residuals first, and these. A carry is linear also where it starts as a constant zero."""
-    nc, nk = len(parts[0]), len(parts[1])
-    linear = [
-        isinstance(x, Undefined) or nc <= i < nc + nk for i, x in enumerate(x for p in parts for x in p)
-    ]
-    order = sorted(range(len(linear)), key=linear.__getitem__)
-    residuals = [n for n, z in zip(body.inputs, linear, strict=True) if not z]
-    return extract([body.inputs[i] for i in order], list(body.outputs)), residuals
-
-
 # ----- cond -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,12 +113,12 @@ def _cond_jvp(jvp: Jvp, args, kwargs):
         held = [*results[count:], *primals]
         thens = [_linear_branch(cut, at, held, tangents, flags) for cut, at in zip(cuts, places, strict=True)]
         out_tangents = emit_cond(jvp.b, *thens, pred.p, [*held, *tangents])
-        return _zip(results[:count], out_tangents, flags)
+        return paired(results[:count], out_tangents, flags)
     both = [differentiate(g, nonzero, reverse_mode=jvp.reverse) for g in (true, false)]
     flags = [a or b for a, b in zip(*(own for _, own in both), strict=True)]
     bodies = [_padded(g, count, own, flags, vals) for g, own in both]
     results = emit_cond(jvp.b, *bodies, pred.p, [*primals, *tangents])
-    return _zip(results[:count], results[count:], flags)
+    return paired(results[:count], results[count:], flags)
 
 
 def _padded(graph: Graph, first: int, own, wanted, vals) -> Graph:
@@ -428,7 +296,6 @@ def _custom_transpose(b: Builder, cts, args, kwargs):
 forward.SPECIAL.update(
     {
         map_: _map_jvp,
-        scan: _scan_jvp,
         cond: _cond_jvp,
         linear_call: _linear_call_jvp,
         custom: _custom_jvp,
@@ -437,7 +304,6 @@ forward.SPECIAL.update(
 reverse.SPECIAL.update(
     {
         map_: _map_transpose,
-        scan: _scan_transpose,
         cond: _cond_transpose,
         linear_call: _linear_call_transpose,
         custom: _custom_transpose,
