@@ -217,6 +217,9 @@ CASES = {
     "vector": (as_vector, wave(D * D + D)),
 }
 
+DEEP = ("LSTM bidirectional of 2", "GRU bidirectional of 2", "encoders eval", "decoder")
+WITH_DEEP = [pytest.param(case, marks=pytest.mark.slow) if case in DEEP else case for case in CASES]
+
 
 def reference(f, x):
     """The gradient by ordinary autograd."""
@@ -248,7 +251,7 @@ def test_values_and_both_modes(case):
         close(fxfunc.grad(f)(x), g)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_DEEP)
 def test_second_order(case):
     f, x = CASES[case]
     v = x.cos()
@@ -258,7 +261,7 @@ def test_second_order(case):
     close(fxfunc.grad(lambda x: fxfunc.jvp(f, (x,), (v,))[1])(x), want, 1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_DEEP)
 def test_mapped(case):
     f, x = CASES[case]
     xs = torch.stack([x, x.cos(), -x])
