@@ -92,9 +92,9 @@ def everywhere(patch, function, other) -> None:
 def inputs_are_known_by_identity(patch):
     make, lift = Recorder.input, Recorder.lift
 
-    def with_identity(self, val, name, tracks=False, like=None):
-        tracer = make(self, val, name, tracks, like)
-        self.__dict__.setdefault("known", {})[id(like)] = tracer.value
+    def with_identity(self, val, name, *flags, **how):
+        tracer = make(self, val, name, *flags, **how)
+        self.__dict__.setdefault("known", {})[id(how["like"])] = tracer.value
         return tracer
 
     patch.setattr(Recorder, "input", with_identity)
@@ -143,7 +143,9 @@ def closures_are_not_read_again(patch):
 def captured_tensors_require_no_grad(patch):
     make = Recorder.input
     patch.setattr(
-        Recorder, "input", lambda self, val, name, tracks=False, like=None: make(self, val, name, like=like)
+        Recorder,
+        "input",
+        lambda self, val, name, tracks=False, known=False, **how: make(self, val, name, known=known, **how),
     )
 
 

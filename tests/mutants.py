@@ -49,6 +49,10 @@ REGIONS = {
 TESTS = {  # what notices a fault where rule_cases.py does not reach
     graph.map_: ["tests/test_regions.py::test_maps_in_every_nesting"],
     graph.scan: ["tests/test_regions.py::test_scans_in_every_nesting"],
+    graph.cond: [
+        "tests/test_control.py::test_a_cond_is_an_if",
+        "tests/test_control.py::test_each_example_of_a_vmap_takes_its_own_branch",
+    ],
     graph.linear_call: ["tests/test_derived.py::test_semantics_11_agrees_with_torch_func"],
     graph.custom: ["tests/test_custom.py::test_semantics_10_function_keeps_its_own_derivative"],
     graph.graft: [
