@@ -1043,6 +1043,18 @@ case(
     reference=lambda a, m, b: _masked_scatter(a, m, b),
 )
 case(
+    "masked_scatter_wide_mask",
+    lambda a, m, b: a.masked_scatter(m, b),
+    lambda s: (s(s.n), s.bools(3, s.n), s(3, s.n)),
+    reference=lambda a, m, b: _masked_scatter(a.expand(m.shape), m, b),
+)
+case(
+    "masked_scatter_wide_both",
+    lambda a, m, b: a.masked_scatter(m, b),
+    lambda s: (s(2, 1, s.n), s.bools(3, 1), s(6, s.n)),
+    reference=lambda a, m, b: _masked_scatter(*torch.broadcast_tensors(a, m), b),
+)
+case(
     "put",
     lambda a, i, b: a.put(i, b, accumulate=True),
     lambda s: (s(2, s.n), s.ints(2 * s.n, 3), s(3)),
