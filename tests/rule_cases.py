@@ -118,6 +118,20 @@ case("pow_half", lambda a: a**0.5, lambda s: (s.pos(s.n),))
 case("pow_negative", lambda a: a**-1.5, lambda s: (s.pos(s.n),))
 case("pow", torch.pow, lambda s: (s.pos(2, s.n), s(s.n)))
 case("pow_base", lambda a: 2.0**a, lambda s: (s(s.n),))
+case("complex_pow", torch.pow, lambda s: (s.complex(2, s.n), s.complex(s.n)))
+case("complex_pow_scalar", lambda a: (a**3, a ** (2 - 1j), a**0.5), lambda s: (s.complex(s.n),))
+case("complex_pow_base", lambda b: (2.0**b, (-1.5) ** b, (2 - 1j) ** b, 0.0**b), lambda s: (s.complex(s.n),))
+case("complex_float_power", torch.float_power, lambda s: (s.complex(s.n), s.complex(s.n)))
+case("pow_of_zero", torch.pow, lambda s: (s(4) * 0, torch.tensor([1, 1.5, 2, 3], dtype=s.dtype)))
+case(
+    "complex_pow_of_zero",
+    torch.pow,
+    lambda s: (s.complex(5) * 0, torch.tensor([1, 1.5, 2, 3, 1 + 1j], dtype=C128)),
+)
+# Where one is real torch's forward mode takes the derivative's real part alone.
+case("complex_pow_real", torch.pow, lambda s: (s.complex(s.n), s(s.n)), forward=False)
+case("real_pow_complex", torch.pow, lambda s: (s(s.n), s.complex(s.n)), forward=False)
+case("number_pow_complex", lambda a: (a ** (1 - 1j), (2 - 1j) ** a), lambda s: (s(s.n),), forward=False)
 case("atan2", torch.atan2, lambda s: (s(s.n), s(s.n)))
 case("hypot", torch.hypot, lambda s: (s(s.n), s(s.n)))
 case("logaddexp", torch.logaddexp, lambda s: (s(s.n), s(2, s.n)))
@@ -1027,6 +1041,18 @@ case(
     lambda a, m, b: a.masked_scatter(m, b),
     lambda s: (s(3, s.n), s.bools(3, s.n), s(3, s.n)),
     reference=lambda a, m, b: _masked_scatter(a, m, b),
+)
+case(
+    "masked_scatter_wide_mask",
+    lambda a, m, b: a.masked_scatter(m, b),
+    lambda s: (s(s.n), s.bools(3, s.n), s(3, s.n)),
+    reference=lambda a, m, b: _masked_scatter(a.expand(m.shape), m, b),
+)
+case(
+    "masked_scatter_wide_both",
+    lambda a, m, b: a.masked_scatter(m, b),
+    lambda s: (s(2, 1, s.n), s.bools(3, 1), s(6, s.n)),
+    reference=lambda a, m, b: _masked_scatter(*torch.broadcast_tensors(a, m), b),
 )
 case(
     "put",

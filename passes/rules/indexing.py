@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..batch import Mapped
+from ..infer import broadcast
 from ..record import Value, aten
 from .batching import along
 from .shape import zeros_like
@@ -246,9 +247,10 @@ composite(
 
 def _masked_scatter(a, mask, source):
     """The k-th true place takes the k-th element of the source."""
-    mask = mask.expand(a.shape)
+    shape = list(broadcast([a.shape, mask.shape]))
+    a, mask = a.expand(shape), mask.expand(shape)
     rank = mask.reshape(-1).to(torch.int64).call(aten.cumsum.default, 0) - 1
-    return mask.where(source.reshape(-1).call(INDEX, [rank.clamp_min(0)]).reshape(list(a.shape)), a)
+    return mask.where(source.reshape(-1).call(INDEX, [rank.clamp_min(0)]).reshape(shape), a)
 
 
 composite(aten.masked_scatter.default, _masked_scatter)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 
-from ..record import aten
+from ..record import Value, aten
 from .batching import pointwise
 from .table import ZERO, bilinear, composite, elementwise, linear, rule, zero
 
@@ -84,13 +85,17 @@ def _pow_scalar(t, y, a, n):
 
 def _pow_exponent(t, y, a, b):
     """d a**b / db = y log a, with 0 where a = 0 and b >= 0 (also for a number a)."""
-    if not hasattr(a, "log"):
-        return (
-            t * y * math.log(a)
-            if a > 0
-            else t * (b.lt(0).where(y * -math.inf, 0.0) if a == 0 else y * math.nan)
-        )
-    return t * (a.eq(0) & b.ge(0)).where(0.0, y * a.log())
+    if isinstance(a, Value):
+        return t * (a.eq(0) & _not_negative(b)).where(0.0, y * a.to(y.dtype).log())
+    if a != 0:
+        return t * (y * (cmath.log(a) if y.dtype.is_complex else math.log(a) if a > 0 else math.nan))
+    return t * _not_negative(b).where(0.0, y * -math.inf)
+
+
+def _not_negative(b):
+    """Where b >= 0; a complex number is if it is real."""
+    real = b.to(b.dtype.to_real())
+    return real.ge(0) & b.eq(real) if b.dtype.is_complex else real.ge(0)
 
 
 elementwise(aten.pow.Tensor_Scalar, _pow_scalar)
