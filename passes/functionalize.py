@@ -404,6 +404,11 @@ def _split(size, dim=0, *, index, val):
     )
 
 
+def _inverse(op, inverse):
+    """A view of the same elements that another op takes back."""
+    return lambda *, val: (lambda b, base: base.call(op), lambda b, base, new: new.call(inverse))
+
+
 def _unwritable(op):
     def view(*args, val, index=None, **kwargs):
         def refuse(b, base, new):
@@ -448,8 +453,8 @@ VIEWS = {
     aten.as_strided.default: _unwritable(aten.as_strided.default),
     aten.unfold.default: _unwritable(aten.unfold.default),
     aten.view.dtype: _unwritable(aten.view.dtype),
-    aten.view_as_real.default: _unwritable(aten.view_as_real.default),
-    aten.view_as_complex.default: _unwritable(aten.view_as_complex.default),
+    aten.view_as_real.default: _inverse(aten.view_as_real.default, aten.view_as_complex.default),
+    aten.view_as_complex.default: _inverse(aten.view_as_complex.default, aten.view_as_real.default),
     stop_gradient: _detached,
 }
 

@@ -146,7 +146,13 @@ def _run_meta(op, args, kwargs, sizes):
     }
     if getattr(op, "_overloadpacket", None) in _NO_META:
         return _run_zeros(op, args, kwargs, sizes)
-    return op(*[to_meta(a) for a in args], **kwargs)
+    try:
+        return op(*[to_meta(a) for a in args], **kwargs)
+    except NotImplementedError as problem:
+        raise errors.NotSupported(
+            what=f"{op}, whose result torch cannot tell without running it,",
+            instead="Call it outside of the transform, or write it with other ops.",
+        ) from problem
 
 
 _NO_META = (aten.geqrf, aten.histogram)

@@ -211,6 +211,13 @@ case("complex_angle", torch.angle, lambda s: (s.complex(s.n),))
 case("complex_sgn", torch.sgn, lambda s: (s.complex(s.n),))
 case("real_angle", torch.angle, lambda s: (s(s.n),))
 case("real_imag", lambda z: z.real * z.imag, lambda s: (s.complex(s.n),))
+case("qr_wide_complex", torch.linalg.qr, lambda s: (s.complex(2, s.n),))
+case(
+    "written_through_real",
+    lambda z, x: _written(z, x),
+    lambda s: (s.complex(s.n), s(s.n)),
+    skip="vmap vmap_vjp vmap_jvp",
+)
 case("view_as_real", lambda z: torch.view_as_real(z), lambda s: (s.complex(s.n),))
 case("view_as_complex", lambda x: torch.view_as_complex(x), lambda s: (s(s.n, 2),), skip="vmap")
 case("complex_new", lambda a, b: torch.complex(a, b), lambda s: (s(s.n), s(s.n)))
@@ -1367,6 +1374,13 @@ def _weighted_cross_entropy(a, t, w, smoothing, ignored):
 def _attention(q, k, v):
     scores = q @ k.mT / q.shape[-1] ** 0.5
     return scores.masked_fill(torch.ones_like(scores).tril().logical_not(), -torch.inf).softmax(-1) @ v
+
+
+def _written(z, x):
+    z = z.clone()
+    z.real.mul_(x)
+    torch.view_as_real(z).add_(x[:, None])
+    return z * z
 
 
 def _masked_scatter(a, m, b):

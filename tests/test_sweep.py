@@ -107,11 +107,13 @@ def table(**rows):
         (table(a=("wrong",)), "wrong: a | jvp"),
         (table(a=("not_compared",)), "not_compared: a | jvp"),
         (table(a=("harness", 0, 0, "", "KeyError: a")), "harness: a | jvp | float64 | KeyError: a"),
+        (table(a=("we_cannot",)), "we_cannot: a has no reason"),
         (table(**{f"op{i}": ("we_cannot",) for i in range(11)}), "we_cannot: 11 entries"),
     ],
-    ids=["wrong", "not compared", "a fault of the harness", "too many that we cannot"],
+    ids=["wrong", "not compared", "a fault of the harness", "no reason", "too many that we cannot"],
 )
-def test_what_must_not_be(script, found, fault):
+def test_what_must_not_be(monkeypatch, script, found, fault):
+    monkeypatch.setattr(script, "REASONS", dict.fromkeys(["c", *(f"op{i}" for i in range(11))], "why"))
     (line,) = script.faults(script.lines(found))
     assert fault in line
     assert not script.faults(script.lines(table(a=("agrees",), b=("torch_cannot",), c=("we_cannot",))))
@@ -122,7 +124,7 @@ def test_an_entry_that_changes_its_file_is_seen(script, tmp_path):
     script.record(before, {"a", "b", "c"}, tmp_path)
     now = script.lines(table(a=("agrees",), b=("we_cannot", 0, 0, "", "a reason")))
     changes = script.changes(now, ["a", "b"], tmp_path)
-    assert changes == ["agrees: gone: b | jvp | float64", "we_cannot: new: b | jvp | float64 | a reason"]
+    assert changes == ["agrees: gone: b | jvp | float64", "we_cannot: new: b | jvp | float64 |  | a reason"]
     assert script.changes(before, ["a", "b", "c"], tmp_path) == []
     script.record(now, {"a", "b"}, tmp_path)
     assert script.changes(now, ["a", "b"], tmp_path) == []

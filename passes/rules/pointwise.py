@@ -104,8 +104,16 @@ elementwise(
 )
 elementwise(aten.pow.Scalar, lambda t, y, a, b: _pow_exponent(t, y, a, b))
 elementwise(
-    aten.logaddexp.default, lambda t, y, a, b: t * (a - y).exp(), lambda t, y, a, b: t * (b - y).exp()
+    aten.logaddexp.default,
+    lambda t, y, a, b: t * _part_of_sum(a, b, y),
+    lambda t, y, a, b: t * _part_of_sum(b, a, y),
 )
+
+
+def _part_of_sum(a, b, y):
+    """exp(a - y) with y = log(exp(a) + exp(b)), for real numbers without the rounding of y."""
+    return (a - y).exp() if y.dtype.is_complex else (a - b).sigmoid()
+
 
 # ----- trigonometric and hyperbolic -----------------------------------------------------------------------------------
 elementwise(aten.sin.default, lambda t, y, a: t * a.cos())

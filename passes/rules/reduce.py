@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..dims import numel
+from ..graph import stop_gradient
 from ..record import aten
 from .batching import along, full_reduction, reduction
 from .pointwise import ratio
@@ -57,11 +58,9 @@ def _std(t, y, a, dim=None, *, correction=None, keepdim=False):
 
 
 def _var(t, y, a, dim=None, *, correction=None, keepdim=False):
-    weight = (
-        (a - _mean(a, dim, True)).conj()
-        * 2
-        / _at_least_zero(_count(a, dim), 1 if correction is None else correction)
-    )
+    count = _count(a, dim)
+    freedom = _at_least_zero(count, 1 if correction is None else correction) if count != 0 else 1
+    weight = (a - _mean(a, dim, True)).conj() * 2 / freedom
     return (t * weight).to(y.dtype.to_real()).sum(dims_of(a, dim), keepdim)
 
 
@@ -227,7 +226,18 @@ composite(
     lambda a, dim, *, dtype=None: _prefixes(_cast(a, dtype), dim, lambda a, b: a * b, 1),
     batch=along("dim"),
 )
-composite(aten.logcumsumexp.default, lambda a, dim: _prefixes(a, dim, _logadd, -math.inf), batch=along("dim"))
+
+
+def _logcumsumexp(a, dim):
+    """Prefixes; of the many logarithms of a complex number the one that ATen gives."""
+    y = _prefixes(a, dim, _logadd, -math.inf)
+    if not a.dtype.is_complex:
+        return y
+    stopped = lambda x: x.builder.emit(stop_gradient, (x,))
+    return y + stopped(stopped(a).call(aten.logcumsumexp.default, dim) - y)
+
+
+composite(aten.logcumsumexp.default, _logcumsumexp, batch=along("dim"))
 composite(
     aten.prod.dim_int,
     lambda a, dim, keepdim=False, *, dtype=None: _product(_cast(a, dtype), dim, keepdim),

@@ -214,12 +214,17 @@ for _op in (aten.tril, aten.triu):
 
 
 def _linspace(start, end, steps, dtype=None, **how):
-    """Between bounds that are tensors; of the ways to write it the one that is right for one step too."""
-    bound = start if isinstance(start, Value) else end
+    """Between bounds that are tensors, as ATen writes it: each half from its own end, integers between bounds cut to integers."""
+    like = start if isinstance(start, Value) else end
     dtype = dtype or torch.get_default_dtype()
-    share = bound.builder.emit(aten.arange.default, (steps,), {"dtype": dtype, "device": bound.device})
-    share = share * (1 / max(steps - 1, 1))
-    return (start * (1 - share) + share * end).to(dtype)
+    exact = not (dtype.is_floating_point or dtype.is_complex)
+    wide = torch.float64 if exact else dtype
+    cast = lambda x: x.to(dtype).to(wide) if isinstance(x, Value) else int(x) if exact else x
+    start, end = cast(start), cast(end)
+    index = like.builder.emit(aten.arange.default, (steps,), {"dtype": wide.to_real(), "device": like.device})
+    step = (end - start) / max(steps - 1, 1)
+    from_start, from_end = start + step * index, end - step * (steps - 1 - index)
+    return index.lt(max(steps // 2, 1)).where(from_start, from_end).to(dtype)
 
 
 for _op in (aten.linspace.Tensor_Tensor, aten.linspace.Tensor_Scalar, aten.linspace.Scalar_Tensor):
