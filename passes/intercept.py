@@ -6,6 +6,7 @@ function whose meaning is lost below it: requires_grad, reading a value, indexin
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -190,13 +191,13 @@ def _view(x, *args, **kwargs):
     return y
 
 
-def _as_strided(x, *args, **kwargs):
+def _strides(function, x, *args, **kwargs):
     if not lies_dense(x):
         raise errors.NotSupported(
             what="as_strided of a tensor whose strides are not known",
             instead="Call .contiguous() first, or use unfold, diagonal or indexing.",
         )
-    return torch.as_strided(x, *args, **kwargs)
+    return function(x, *args, **kwargs)
 
 
 def _lstsq(a, b, rcond=None, *, driver=None):
@@ -392,8 +393,10 @@ FUNCTIONS = {
     torch.Tensor.contiguous: _contiguous,
     torch.Tensor.view: _view,
     torch.linalg.lstsq: _lstsq,
-    torch.Tensor.as_strided: _as_strided,
-    torch.as_strided: _as_strided,
+    torch.Tensor.as_strided: functools.partial(_strides, torch.as_strided),
+    torch.as_strided: functools.partial(_strides, torch.as_strided),
+    torch.as_strided_copy: lambda x, *args, **kwargs: _strides(torch.as_strided, x, *args, **kwargs).clone(),
+    torch.as_strided_scatter: functools.partial(_strides, torch.as_strided_scatter),
     torch.ctc_loss: _ctc_loss,
     torch.nn.functional.ctc_loss: _named_ctc_loss,
     torch.nn.functional.one_hot: _one_hot,

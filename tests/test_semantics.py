@@ -1019,6 +1019,7 @@ VIEWS = {
     "squeeze": lambda x: x[:1].squeeze() + x.unsqueeze(0).squeeze(0)[1],
     "chunk": lambda x: x.chunk(2, 1)[1],
     "as_strided": lambda x: x.contiguous().as_strided((2, 3), (4, 1)),
+    "as_strided_copy": lambda x: torch.as_strided_copy(x.contiguous(), (2, 3), (4, 1), 1),
     "as_strided, overlapping": lambda x: x.contiguous().as_strided((3, 3), (1, 1), 2),
 }
 
@@ -1055,6 +1056,8 @@ def test_semantics_19_as_strided_of_an_unknown_layout_is_refused(mode):
         lambda x: f(x.contiguous().t_()),
         lambda x: f(x * 1),
         lambda x: torch.as_strided((x * 1).t() * 1, (2, 2), (1, 2)),
+        lambda x: torch.as_strided_copy(x[1:], (2, 2), (1, 1), 0),
+        lambda x: torch.as_strided_scatter(x.t() * 1, torch.ones(2, 2), (2, 2), (1, 2)),
     ):
         for transform in (fxfunc.vmap, lambda f: fxfunc.grad(lambda x: f(x).sum()), fxfunc.jacfwd):
             with pytest.raises(errors.NotSupported, match=r"as_strided.*\.contiguous\(\) first"):
