@@ -1,7 +1,7 @@
 """Which tier answers for an op. Entry points: `tiers`, and `python -m fxfunc coverage`.
 
-native: a row of ours. composite: a row that writes the op with others. decomposed: PyTorch's decomposition. derived: PyTorch's
-formula for that one op. loop: one example at a time. missing: MissingRule.
+native: a row of ours. composite: a row that writes the op with others. decomposed: ATen writes it with others. derived:
+PyTorch's formula for that one op, or its decomposition if there is none. loop: one example at a time. missing: MissingRule.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def tiers(op: torch._ops.OpOverload) -> dict[str, str]:
     row = ROWS.get(op)
     if op in CANONICAL and row is None:
         return dict.fromkeys(COLUMNS, "native")
-    below = "composite" if row is not None and row.composite else "decomposed" if _decomposes(op) else None
+    below = (
+        "composite" if row is not None and row.composite else "decomposed" if op._can_decompose() else None
+    )
     formula = "missing" if is_random(op) else "derived"
     found = {name: "native" if row is not None and getattr(row, name) else below for name in COLUMNS}
     if found["transpose"] is None:
@@ -47,12 +49,6 @@ def tiers(op: torch._ops.OpOverload) -> dict[str, str]:
     batched = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
     found["batch"] = found["batch"] or ("missing" if is_random(op) else "derived" if batched else "loop")
     return found
-
-
-def _decomposes(op) -> bool:
-    from torch._decomp import core_aten_decompositions
-
-    return op in core_aten_decompositions() or op._can_decompose()
 
 
 def main(arguments: list[str]) -> int:

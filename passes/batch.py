@@ -72,12 +72,16 @@ class Batch:
         return self._expand(op, args, kwargs, out)
 
     def _expand(self, op, args, kwargs, out):
-        from .decompose import expand, tensors_in
+        from .decompose import decomposition, expand, tensors_in
 
         tensors = tensors_in([args, list(kwargs.values())], (Value, Mapped))
         graph = expand(op, args, kwargs)
         if graph is None:
-            return self._derived(op, args, kwargs, out, tensors)
+            if (found := self._derived(op, args, kwargs, out, tensors)) is not None:
+                return found
+            graph = decomposition(op, args, kwargs)
+        if graph is None:
+            return self._loop(op, args, kwargs, out, tensors)
         outs = self.b.inline(graph, tensors, self.call)
         return outs[0] if isinstance(out, Val) else tuple(outs)
 
@@ -87,9 +91,7 @@ class Batch:
         mapped = [isinstance(t, Mapped) for t in tensors]
         values = [t.x if m else t for t, m in zip(tensors, mapped, strict=True)]
         outs = batch_of(self.b, op, args, kwargs, values, mapped, self.length)
-        if outs is None:
-            return self._loop(op, args, kwargs, out, tensors)
-        return self.wrap(outs[0] if isinstance(out, Val) else tuple(outs), out)
+        return None if outs is None else self.wrap(outs[0] if isinstance(out, Val) else tuple(outs), out)
 
     def _loop(self, op, args, kwargs, out, tensors):
         """No rule: one example after the other, as a scan; said once per op."""

@@ -1,9 +1,13 @@
-"""One op written as others. Entry point: `expand`, the graph of an op's composition, cached per signature.
+"""One op written as others. Entry points: `expand` and `decomposition`, graphs of an op's composition, cached per signature.
 
-First our own composites (rules), then PyTorch's decompositions, recorded on tracers. `single` is the op alone as a graph.
+`expand` is what an op means: our own composites (rules), then ATen's. `decomposition` is PyTorch's table, made for values:
+the derivative of a `where` that guards a singular point is NaN there (xlogy and sinc at 0), so a formula goes before it.
+`single` is the op alone as a graph.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -17,26 +21,48 @@ on_forget(_cache.clear)
 
 
 def expand(op, args, kwargs) -> Graph | None:
-    """The graph of a decomposition, one input per tensor argument; None if there is none."""
+    """The graph of an op's composition, one input per tensor argument; None if it is not made of others."""
+    return _cached(_composition, op, args, kwargs)
+
+
+def decomposition(op, args, kwargs) -> Graph | None:
+    """The graph of PyTorch's decomposition, one input per tensor argument; None if there is none."""
+    return _cached(_tabled, op, args, kwargs)
+
+
+@functools.cache
+def table() -> dict:
+    """PyTorch's decompositions into its core, by op. (`get` of what torch returns finds nothing.)"""
+    from torch._decomp import core_aten_decompositions
+
+    return dict(core_aten_decompositions().items())
+
+
+def _cached(find, op, args, kwargs) -> Graph | None:
     args, kwargs = vals(args), {k: vals(v) for k, v in kwargs.items()}
-    key = (op, typed(args, None), typed(kwargs, None), torch.get_default_dtype())
+    key = (find, op, typed(args, None), typed(kwargs, None), torch.get_default_dtype())
     if key not in _cache:
-        _cache[key] = _expand(op, args, kwargs)
+        _cache[key] = find(op, args, kwargs)
     return _cache[key]
 
 
-def _expand(op, args, kwargs) -> Graph | None:
+def _composition(op, args, kwargs) -> Graph | None:
     row = ROWS.get(op)
     if row is not None and row.composite is not None:
         return build(row.composite, args, kwargs)
-    from torch._decomp import core_aten_decompositions
+    composed = isinstance(op, torch._ops.OpOverload) and op._can_decompose()
+    return _recorded(op, op.decompose, args, kwargs) if composed else None
 
+
+def _tabled(op, args, kwargs) -> Graph | None:
+    function = table().get(op)
+    return function and _recorded(op, function, args, kwargs)
+
+
+def _recorded(op, function, args, kwargs) -> Graph | None:
     from .trace import trace_torch
 
-    function = core_aten_decompositions().get(op)
-    if function is None and not (isinstance(op, torch._ops.OpOverload) and op._can_decompose()):
-        return None
-    graph = trace_torch(function or op.decompose, args, kwargs)
+    graph = trace_torch(function, args, kwargs)
     return graph if all(_simpler(n.target, op) for n in graph.nodes) else None
 
 

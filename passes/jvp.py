@@ -57,16 +57,20 @@ class Jvp:
         return _dual(y, _each(op, row, y, duals, primal, keywords))
 
     def _expand(self, op, args, kwargs, duals):
-        """Through the op's decomposition, else through PyTorch's own formula for it."""
-        from .decompose import expand
+        """Through the op's composition, else through PyTorch's own formula for it, else through its decomposition."""
+        from .decompose import decomposition, expand
+        from .rules.derived import jvp_of
 
+        missing = errors.MissingRule(op=op, rule="jvp", source=self.b.source)
         if is_random(op):
-            raise errors.MissingRule(op=op, rule="jvp", source=self.b.source)
+            raise missing
         graph = expand(op, args, kwargs)
         if graph is None:
-            from .rules.derived import jvp_of
-
-            return jvp_of(self, op, args, kwargs, duals)
+            if (found := jvp_of(self, op, args, kwargs, duals)) is not None:
+                return found
+            graph = decomposition(op, args, kwargs)
+        if graph is None:
+            raise missing
         outs = self.b.inline(graph, duals, self.call)
         return (
             outs[0]

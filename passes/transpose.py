@@ -86,15 +86,19 @@ def cotangents_of(b: Builder, op, ct, args, kwargs) -> list[Value | None]:
     row = ROWS.get(op)
     if row is not None and row.transpose is not None:
         return _by_row(op, row, ct, args, kwargs)
-    from .decompose import expand, tensors_in
+    from .decompose import decomposition, expand, tensors_in
+    from .rules.derived import transpose_of
 
+    cts = ct if isinstance(ct, list) else [ct]
     graph = expand(op, args, kwargs)
     if graph is None:
-        from .rules.derived import transpose_of
-
-        return transpose_of(b, op, ct if isinstance(ct, list) else [ct], args, kwargs)
+        if (found := transpose_of(b, op, cts, args, kwargs)) is not None:
+            return found
+        graph = decomposition(op, args, kwargs)
+    if graph is None:
+        raise errors.MissingRule(op=op, rule="transpose", source=b.source)
     tensors = tensors_in([args, list(kwargs.values())], (Value, Undefined))
-    return _through(b, graph, tensors, ct if isinstance(ct, list) else [ct])
+    return _through(b, graph, tensors, cts)
 
 
 def _through(b, graph, tensors, cts):

@@ -135,6 +135,7 @@ case("number_pow_complex", lambda a: (a ** (1 - 1j), (2 - 1j) ** a), lambda s: (
 case("atan2", torch.atan2, lambda s: (s(s.n), s(s.n)))
 case("hypot", torch.hypot, lambda s: (s(s.n), s(s.n)))
 case("logaddexp", torch.logaddexp, lambda s: (s(s.n), s(2, s.n)))
+case("entr", torch.special.entr, lambda s: (s.pos(s.n),))
 case("xlogy", torch.xlogy, lambda s: (s(s.n), s.pos(s.n)))
 case("addcmul", lambda a, b, c: torch.addcmul(a, b, c, value=0.5), lambda s: (s(s.n), s(2, s.n), s(s.n)))
 case("addcdiv", lambda a, b, c: torch.addcdiv(a, b, c, value=0.5), lambda s: (s(s.n), s(2, s.n), s.pos(s.n)))
@@ -277,11 +278,17 @@ case(
 )
 case("logsumexp", lambda a: a.logsumexp(1), lambda s: (s(3, s.n),))
 case("softmax", lambda a: a.softmax(-1), lambda s: (s(3, s.n),), F32, BF16)
+case(
+    "safe_softmax",
+    lambda a, m: torch.ops.aten._safe_softmax(a.where(m, -torch.inf), 1),
+    lambda s: (s(3, s.n), s.ints(3, 3, 1) > 0),
+)
 case("softmax_0", lambda a: a.softmax(0), lambda s: (s(3, s.n),))
 case("log_softmax", lambda a: a.log_softmax(1), lambda s: (s(3, s.n),), F32, BF16)
 case("softmin", lambda a: F.softmin(a, 1), lambda s: (s(3, s.n),))
 case("cumsum", lambda a: a.cumsum(1), lambda s: (s(3, s.n),))
 case("cumprod", lambda a: a.cumprod(0), lambda s: (s(s.n, 3),))
+case("logcumsumexp_shifted", lambda a: (a + 1e4).logcumsumexp(1), lambda s: (s(3, s.n),))
 case("logcumsumexp", lambda a: a.logcumsumexp(1), lambda s: (s(3, s.n),))
 case("cummax", lambda a: tuple(a.cummax(1)), lambda s: (s.distinct(3, s.n),))
 case("cummin", lambda a: tuple(a.cummin(0)), lambda s: (s.distinct(3, s.n),))

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfunc
 from fxfunc import coverage
+from fxfunc.passes import decompose
 
 BATCH = 2
 TORCH = types.SimpleNamespace(jvp=torch.func.jvp, vjp=torch.func.vjp, vmap=torch.func.vmap)
@@ -395,8 +396,8 @@ def _allowed(transform, op, sample, p, theirs) -> Callable[[int], float]:
 def has_rules(name: str, rule: str) -> bool:
     """Whether an op has a rule of its own, or is written with ops that have."""
     namespace, packet, overload = name.split(".")
-    tiers = coverage.tiers(getattr(getattr(getattr(torch.ops, namespace), packet), overload))
-    return tiers.get(rule) in ("native", "composite", "decomposed")
+    op = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    return op in decompose.table() or coverage.tiers(op).get(rule) in ("native", "composite", "decomposed")
 
 
 def applies(op, transform: str, dtype: torch.dtype) -> bool:

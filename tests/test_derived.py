@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fxfunc
 from fxfunc.passes.graph import Op
-from fxfunc.passes.rules import ROWS
+from fxfunc.passes.rules import ROWS, derived
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 aten = torch.ops.aten
@@ -250,3 +250,33 @@ def test_second_derivatives_are_the_same_in_every_order_of_modes(name):
         torch.testing.assert_close(way(*args), want, rtol=1e-6, atol=1e-6)
         mapped = fxfunc.vmap(way)(*(torch.stack([a, a * 0.9]) for a in args))
         torch.testing.assert_close(mapped[0], want, rtol=1e-6, atol=1e-6)
+
+
+TABLED = {  # by a word in the names of their ops, which have no rows
+    "rsub": lambda x: torch.rsub(x, x * x),
+    "sinc": torch.sinc,
+    "xlogy": lambda x: torch.xlogy(x, x.cosh()),
+    "pixel_shuffle": lambda x: torch.pixel_shuffle((x * x).reshape(4, 1, 2), 2),
+    "renorm": lambda x: (x * x).reshape(4, 2).renorm(2, 0, 0.5),
+    "std_mean": lambda x: torch.std_mean(x),
+    "split_with_sizes_copy": lambda x: torch.split_with_sizes_copy(x.exp(), (3, 5)),
+    "celu": torch.celu,
+}
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_without_a_formula_the_decomposition_answers(name):
+    f, x, t = TABLED[name], draw(8), draw(8, seed=1)
+    twice = lambda T: T.jvp(lambda x: T.jvp(f, (x,), (t,)), (x,), (t,))
+    mapped = lambda T: T.vmap(lambda x: T.vjp(f, x)[1](f(x)))(torch.stack([x, t]))
+    with derived.disabled():
+        assert not any(name in str(op) for op in ROWS)
+        torch.testing.assert_close(twice(fxfunc), twice(torch.func), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mapped(fxfunc), mapped(torch.func), rtol=1e-10, atol=1e-10)
+
+
+def test_a_formula_goes_before_a_decomposition():
+    """Whose `where` guards the singular point of sinc, and has a NaN as its derivative there."""
+    x = torch.zeros(2, dtype=torch.float64)
+    _, pull = fxfunc.vjp(torch.sinc, x)
+    assert pull(x + 1)[0].tolist() == [0, 0]

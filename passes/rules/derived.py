@@ -2,7 +2,7 @@
 
 The net under our rows and decompositions. A derivative enters the tangent program as a `linear_call`, whose pushforward is
 the trace of `torch.func.jvp` of the op alone and whose pullback that of `torch.func.vjp`; one that is missing is the
-transpose of the other. What torch cannot answer raises `MissingRule`.
+transpose of the other.
 """
 
 from __future__ import annotations
@@ -192,19 +192,20 @@ def _other(graph: Graph, residuals: int) -> Graph | None:
 
 
 def jvp_of(jvp, op, args, kwargs, duals: list[Dual]):
-    """The Dual (or tuple of Duals) of a call on Duals."""
+    """The Dual (or tuple of Duals) of a call on Duals; None if there is no formula."""
     from ..jvp import unzip
 
-    _refuse_unknown(op, "jvp", jvp.b.source)
+    if not _has_formula(op):
+        return None
     s = _Signature(op, args, kwargs)
+    wrt = tuple(i for i, d in enumerate(duals) if d.t is not None)
+    rule = _linear(s, wrt) if s.places else None
+    if isinstance(rule, str):
+        return None
     y = jvp.b.emit(op, unzip(args, []), {k: unzip(v, []) for k, v in kwargs.items()})
     ys = [y] if s.single else list(y)
-    wrt = tuple(i for i, d in enumerate(duals) if d.t is not None)
     tangents: list[Value | None] = [None] * len(ys)
-    if s.places:
-        rule = _linear(s, wrt)
-        if isinstance(rule, str):
-            raise errors.MissingRule(op=op, rule="jvp", source=jvp.b.source)
+    if rule is not None:
         known = [*(d.p for d in duals), *(r for r in ys if r is not None)]
         found = jvp.b.emit(
             linear_call,
@@ -237,17 +238,17 @@ def _factor_tangent(jvp, a: Dual, factor: Value, of_transpose: bool) -> Value:
     return lu.expand(factor.shape)
 
 
-def _refuse_unknown(op, rule: str, source) -> None:
-    """A prim, or an op of a library that registered no autograd formula: torch would call its derivative zero; or disabled."""
+def _has_formula(op) -> bool:
+    """Not a prim, nor an op of a library that registered no autograd formula: torch would call its derivative zero."""
     keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
     known = any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), k) for k in keys)
-    if not _enabled or op.namespace == "prims" or (op.namespace != "aten" and not known):
-        raise errors.MissingRule(op=op, rule=rule, source=source)
+    return _enabled and (op.namespace == "aten" or (op.namespace != "prims" and known))
 
 
-def transpose_of(b, op, cts: list[Value | None], args, kwargs) -> list[Value]:
-    """The cotangents of the linear (`Undefined`) tensors of a call, by the pullback of the op."""
-    _refuse_unknown(op, "transpose", b.source)
+def transpose_of(b, op, cts: list[Value | None], args, kwargs) -> list[Value] | None:
+    """The cotangents of the linear (`Undefined`) tensors of a call, by the pullback of the op; None if there is no formula."""
+    if not _has_formula(op):
+        return None
     s = _Signature(op, args, kwargs)
     tensors = tensors_in([args, list(kwargs.values())], (Value, Undefined))
     wrt = tuple(i for i, t in enumerate(tensors) if isinstance(t, Undefined))
@@ -256,7 +257,7 @@ def transpose_of(b, op, cts: list[Value | None], args, kwargs) -> list[Value]:
         None for v in s.out if v is not None
     ]
     if isinstance(pull, str) or any(k is None and n.users for k, n in zip(known, pull.inputs, strict=False)):
-        raise errors.MissingRule(op=op, rule="transpose", source=b.source)  # none, or it is not linear
+        return None  # or it is not linear
     given = [cts[i] if cts[i] is not None else b.full(s.out[i], 0) for i in s.places]
     return b.inline(pull, [*known, *given])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from ..dims import numel
-from ..graph import stop_gradient
 from ..record import aten
 from .batching import along, full_reduction, reduction
 from .pointwise import ratio
@@ -139,11 +138,13 @@ def _arg(ctx, op, args, kwargs):
 
 
 # ----- softmax --------------------------------------------------------------------------------------------------------
-rule(
-    aten._softmax.default,
-    jvp=[lambda t, y, a, dim, half: y * (t - (y * t).sum([dim], True))],
-    batch=along("dim"),
-)
+def _softmax(t, y, a, dim, half=False, *, dtype=None):
+    t = t.to(y.dtype)
+    return y * (t - (y * t).sum([dim], True))
+
+
+rule(aten._softmax.default, jvp=[_softmax], batch=along("dim"))
+rule(aten._safe_softmax.default, jvp=[_softmax], batch=along("dim"))  # zeros in a row of -inf
 rule(
     aten._log_softmax.default,
     jvp=[lambda t, y, a, dim, half: t - (y.exp() * t).sum([dim], True)],
@@ -175,15 +176,15 @@ def _shifted(x, dim: int, by: int, fill):
     return padded.call(aten.slice.Tensor, dim, 0, x.shape[dim])
 
 
-def _prefixes(x, dim: int, combine, unit):
+def _prefixes(xs: tuple, dim: int, combine, units: tuple) -> tuple:
     """Prefix results of an associative operation by doubling: exact at zeros, differentiable any number of times."""
-    if not x.ndim:
-        return x
-    dim, by = dim % x.ndim, 1
-    while by < _static(x.shape[dim]):
-        x = combine(x, _shifted(x, dim, by, unit))
+    if not xs[0].ndim:
+        return xs
+    dim, by = dim % xs[0].ndim, 1
+    while by < _static(xs[0].shape[dim]):
+        xs = combine(xs, [_shifted(x, dim, by, unit) for x, unit in zip(xs, units, strict=True)])
         by *= 2
-    return x
+    return xs
 
 
 def _static(size) -> int:
@@ -217,27 +218,31 @@ def _cast(a, dtype):
     return a if dtype is None else a.to(dtype)
 
 
-def _logadd(a, b):
-    return a.call(aten.logaddexp.default, b)
-
-
 composite(
     aten.cumprod.default,
-    lambda a, dim, *, dtype=None: _prefixes(_cast(a, dtype), dim, lambda a, b: a * b, 1),
+    lambda a, dim, *, dtype=None: _prefixes(
+        (_cast(a, dtype),), dim, lambda low, high: (low[0] * high[0],), (1,)
+    )[0],
     batch=along("dim"),
 )
 
 
-def _logcumsumexp(a, dim):
-    """Prefixes; of the many logarithms of a complex number the one that ATen gives."""
-    y = _prefixes(a, dim, _logadd, -math.inf)
-    if not a.dtype.is_complex:
-        return y
-    stopped = lambda x: x.builder.emit(stop_gradient, (x,))
-    return y + stopped(stopped(a).call(aten.logcumsumexp.default, dim) - y)
+def _logcumsumexp(t, y, a, dim):
+    """By prefixes of (largest element, sum of exp(a - largest), that sum with tangents): nothing is rounded at the size of y."""
+    real = lambda x: x.to(a.dtype.to_real())
+
+    def combine(p, q):
+        first = real(p[0]).ge(real(q[0]))
+        large, small = ([first.where(x, y) for x, y in zip(*pair, strict=True)] for pair in ((p, q), (q, p)))
+        weight = real(small[0]).eq(-math.inf).where(-math.inf, small[0] - large[0]).exp()
+        return (large[0], *(x + weight * y for x, y in zip(large[1:], small[1:], strict=True)))
+
+    leaves = (a, a.full(a.shape, 1), real(a).eq(-math.inf).where(0, t))
+    _, total, weighted = _prefixes(leaves, dim, combine, (-math.inf, 0, 0))
+    return weighted / total
 
 
-composite(aten.logcumsumexp.default, _logcumsumexp, batch=along("dim"))
+rule(aten.logcumsumexp.default, jvp=[_logcumsumexp], batch=along("dim"))
 composite(
     aten.prod.dim_int,
     lambda a, dim, keepdim=False, *, dtype=None: _product(_cast(a, dtype), dim, keepdim),
