@@ -167,6 +167,7 @@ def ours(backend: str, cache: str | None) -> Implementation:
 OF_TORCH_FUNC = ("make_fx", "torch.compile", "inductor")  # programs made of torch.func's
 PEERS = ("torch.func", "make_fx", "torch.compile", "inductor", "jax")
 OURS = ("eager", "cpp", "triton")
+WITH_FXFUNC = ("uncompiled", "inductor-fxfunc", *OURS)
 _NO_CACHE = "it keeps no cache on disk"
 
 IMPLEMENTATIONS = {
@@ -182,6 +183,7 @@ IMPLEMENTATIONS = {
             "inductor-fxfunc", inductor_on_ours, no_compiler, least_imports=TORCH, slow_to_compile=True
         ),
         Implementation("jax", jax_jit, no_jax, imports=JAX, least_imports=JAX),
+        Implementation("uncompiled", call_eagerly, here, least_imports=("torch", "fxfunc"), cache=_NO_CACHE),
         ours("eager", _NO_CACHE),
         ours("cpp", None),
         ours("triton", None),

@@ -35,6 +35,7 @@ COLOURS = {
     "inductor": "#D55E00",
     "inductor-fxfunc": "#CC79A7",
     "jax": "#009E73",
+    "uncompiled": "#666666",
     "eager": "#56B4E9",
     "cpp": "#0072B2",
     "triton": "#000000",

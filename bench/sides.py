@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .implementations import OURS
+from .implementations import OURS, WITH_FXFUNC
 
 RUN_BY_ATEN = ("torch.func", "make_fx", "eager")
 COMPILED_BY_INDUCTOR = ("torch.compile", "inductor", "inductor-fxfunc")
@@ -38,8 +38,7 @@ class TorchSide:
 
         torch.set_num_threads(threads)
         self.device, self.threads, self.workload = device, threads, find(workload)
-        ours = implementation in (*OURS, "inductor-fxfunc")
-        self.api = importlib.import_module("fxfunc" if ours else "torch.func")
+        self.api = importlib.import_module("fxfunc" if implementation in WITH_FXFUNC else "torch.func")
         self.function = self.workload.function(self.api)
 
     def make_inputs(self) -> tuple:
