@@ -281,7 +281,10 @@ def test_an_interruption_keeps_what_was_measured(user_file, tmp_path, stop):
     names = ["--workload", "test-fine", "--workload", "test-hang"]
     command = [sys.executable, "-m", "fxfunc", "bench", "run", "--quick", "--file", str(user_file), *names]
     process = subprocess.Popen(
-        [*command, "--impl", "eager", "--out", str(out)], stdout=subprocess.PIPE, text=True
+        [*command, "--impl", "eager", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     while process.poll() is None and not out.exists():
         time.sleep(0.1)
