@@ -268,7 +268,7 @@ class _Writer:
     # ---- loops ----
 
     def scan(self, n: Node, indent: str) -> None:
-        """A loop over the steps; ys are written into outputs made before it."""
+        """A loop over the steps; ys are written into outputs made before it, or listed for the loops that read them."""
         body, consts, carry, xs = n.args
         inputs = iter(body.inputs)
         for x, inner in zip(consts, inputs, strict=False):
@@ -276,14 +276,26 @@ class _Writer:
         state, steps = [next(inputs) for _ in carry], list(inputs)
         for x, inner in zip(carry, state, strict=True):
             self.lines.append(f"{indent}{self.name(inner)} = {self.names[x]}")
-        ys = [self.output(v, n.kwargs["length"], indent) for v in body.out_vals[len(carry) :]]
-        cells = [self.fresh("cell") for _ in ys]
-        self.header(n, [*zip(xs, steps, strict=True)], ys, cells, indent)
-        self.body(body, state, steps, cells, indent + "    ")
+        ys, stores, cells = [], [], {}
+        for i, v in enumerate(body.out_vals[len(carry) :], len(carry)):
+            listed = i in _lists(n)
+            ys.append(self.list(indent) if listed else self.output(v, n.kwargs["length"], indent))
+            stores.append(f"{ys[-1]}.append" if listed else f"{self.fresh('cell')}.copy_")
+            cells |= {} if listed else {stores[-1].removesuffix(".copy_"): ys[-1]}
+        self.header(n, [*zip(xs, steps, strict=True)], cells, indent)
+        self.body(body, state, steps, stores, cells, indent + "    ")
+        if n.kwargs["reverse"]:
+            self.lines += [f"{indent}{y}.reverse()" for y in ys if y not in cells.values()]
         results = [*(self.names[x] for x in state), *ys]
         self.lines.append(f"{indent}{self.name(n)} = [{', '.join(results)}]")
         if results:
             self.lines.append(f"{indent}del {', '.join(results)}")
+
+    def list(self, indent: str) -> str:
+        """A new list for results that only loops read, step by step."""
+        name = self.fresh("ys")
+        self.lines.append(f"{indent}{name} = []")
+        return name
 
     def output(self, val: Val, length: Size, indent: str) -> str:
         """A new tensor for stacked results."""
@@ -295,15 +307,14 @@ class _Writer:
         )
         return name
 
-    def header(
-        self, n: Node, xs: Sequence[tuple[Node, Node]], ys: Sequence[str], cells: Sequence[str], indent: str
-    ) -> None:
+    def header(self, n: Node, xs: Sequence[tuple[Node, Node]], cells: Mapping[str, str], indent: str) -> None:
         """The `for` line: a step's xs, and the places of its ys."""
         unbind = self.bind("torch_unbind", torch.unbind)
         turn = "[::-1]" if n.kwargs["reverse"] else ""
         sources = [
             f"range({self.arg(n.kwargs['length'])})",
-            *(f"{unbind}({v}){turn}" for v in [*(self.names[x] for x, _ in xs), *ys]),
+            *(f"{self.names[x] if _is_list(x) else f'{unbind}({self.names[x]})'}{turn}" for x, _ in xs),
+            *(f"{unbind}({y}){turn}" for y in cells.values()),
         ]
         targets = [self.fresh("step"), *(self.name(inner) for _, inner in xs), *cells]
         where = n.meta.get("source")
@@ -316,9 +327,15 @@ class _Writer:
         self.lines.append(f"{indent}for {loop}:{tail}")
 
     def body(
-        self, body: Graph, state: Sequence[Node], steps: Sequence[Node], cells: Sequence[str], indent: str
+        self,
+        body: Graph,
+        state: Sequence[Node],
+        steps: Sequence[Node],
+        stores: Sequence[str],
+        cells: Iterable[str],
+        indent: str,
     ) -> None:
-        """One step: from the carry and a slice of each x to the new carry, and each y in its cell."""
+        """One step: from the carry and a slice of each x to the new carry, and each y where `stores` puts it."""
         used, before = _used(body), len(self.lines)
         unused = [x for x in [*state, *steps] if x not in used]
         if unused:
@@ -326,7 +343,7 @@ class _Writer:
         self.block(body, indent, {*state, *steps})
         outs = [self.names[x] for x in body.outputs]
         new, rest = outs[: len(state)], outs[len(state) :]
-        self.lines += [f"{indent}{cell}.copy_({y})" for cell, y in zip(cells, rest, strict=True)]
+        self.lines += [f"{indent}{store}({y})" for store, y in zip(stores, rest, strict=True)]
         old = [self.names[x] for x in state]
         if new != old:
             self.lines.append(f"{indent}{', '.join(old)} = {', '.join(new)}")
@@ -406,6 +423,23 @@ def _positional(
 def _used(graph: Graph) -> set[Node | None]:
     """What the calls and outputs of a graph read."""
     return {m for n in graph.nodes for m in n.all_input_nodes} | set(graph.outputs)
+
+
+def _is_list(n: Node) -> bool:
+    """True for stacked results that are kept as a list, one tensor a step."""
+    return n.target is getitem and n.args[0].target is scan and n.args[1] in _lists(n.args[0])
+
+
+def _lists(n: Node) -> set[int]:
+    """Which stacked results of a scan are read by other scans alone, a step at a time: nothing has to be copied."""
+    items = [m for m in n.users if m.target is getitem and m.args[1] >= len(n.args[2])]
+    whole = {m.args[1] for m in items if not all(_only_steps(m, user) for user in m.users)}
+    return {m.args[1] for m in items} - whole
+
+
+def _only_steps(x: Node, user: Node) -> bool:
+    """Whether a call reads a value as the xs of a loop and in no other way."""
+    return user.target is scan and x not in user.args[1] and x not in user.args[2]
 
 
 def _is_constant(owner: object) -> bool:

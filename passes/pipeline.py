@@ -5,10 +5,10 @@ from __future__ import annotations
 from .batch import lower
 from .dce import dce
 from .dump import saw
-from .graph import Graph
+from .graph import Graph, subgraphs
 from .orient import orient
 from .peephole import peephole
-from .record import rebuild
+from .record import Builder, rebuild
 from .simplify import SIMPLIFY
 
 
@@ -25,7 +25,19 @@ def lowered(graph: Graph) -> Graph:
 
 def for_aten(graph: Graph) -> Graph:
     """A lowered graph for a backend that calls ATen op by op: no copies of products, neighbours joined into ops that do both."""
-    return saw("peephole", peephole(saw("orient", orient(graph))))
+    return _inside(saw("peephole", peephole(saw("orient", orient(graph)))))
+
+
+def _inside(graph: Graph) -> Graph:
+    """The graph with the bodies of its loops and branches as `for_aten` has them."""
+    if not any(True for n in graph.nodes for _ in subgraphs(n)):
+        return graph
+    b = Builder(None)
+
+    def call(op, args, kwargs):
+        return b.emit(op, tuple(for_aten(x) if isinstance(x, Graph) else x for x in args), kwargs)
+
+    return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
 def simplify(graph: Graph) -> Graph:

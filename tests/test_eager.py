@@ -160,6 +160,35 @@ def test_a_scan_is_a_loop_and_not_unrolled():
     assert lines[0] == lines[1] < 30
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_a_loop_saves_for_another_is_listed_and_not_copied(reverse):
+    """Residuals of a scan go to the scan backward, one tensor a step; what is read whole is stacked."""
+    step = lambda c, s: ((c * s).tanh().sin(), c.exp())
+    f = lambda v: (lambda c, ys: c.sum() + ys.prod())(*fxfunc.scan(step, v[0], v[1:], reverse=reverse))
+    text = eager.source(graph_of(fxfunc.grad(f), x(5, 3)))
+    assert text.count(".append(") >= 2 and text.count(".copy_(") == 2  # ys, and the cotangents of v
+
+    def loop(v):
+        c, ys = v[0], []
+        for s in reversed(v[1:]) if reverse else v[1:]:
+            c, y = step(c, s)
+            ys.append(y)
+        return c.sum() + torch.stack(ys).prod()
+
+    assert torch.allclose(fxfunc.grad(f)(x(5, 3)), torch.func.grad(loop)(x(5, 3)))
+    second = lambda api, f: api.grad(lambda v: (api.grad(f)(v) ** 2).sum())(x(5, 3))
+    assert torch.allclose(second(fxfunc, f), second(torch.func, loop))
+    each = lambda api, f: api.vmap(api.grad(f))(x(2, 5, 3))
+    assert torch.allclose(each(fxfunc, f), each(torch.func, loop))
+
+
+def test_neighbours_in_a_loop_are_joined_as_outside():
+    step = lambda c, s: (torch.tanh(c @ v_ + s) - c * 0.5, None)
+    v_ = x(3, 3)
+    text = eager.source(graph_of(lambda v: fxfunc.scan(step, v[0], v)[0], x(5, 3, 3)))
+    assert "addmm" in text and "alpha=0.5" in text
+
+
 W = x(3)
 NEW = {
     "clone": lambda v: v.clone(),
