@@ -25,10 +25,11 @@ from fxfunc.passes.linearize import linearize
 from fxfunc.passes.linearize import vjp as emit_vjp
 from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.record import Builder
+from fxfunc.passes.reroll import reroll
 from fxfunc.passes.rules.region import transposed
 from fxfunc.passes.simplify import SIMPLIFY
 from fxfunc.passes.trace import Recorder
-from fxfunc.passes.tracer import Tracer, current, refuse_tensor, tracked, val_of
+from fxfunc.passes.tracer import Tracer, current, recorders, refuse_tensor, tracked, val_of
 
 from . import custom
 from .signature import resolved
@@ -145,6 +146,8 @@ def _capture(
         args, kwargs = pytree.tree_unflatten([next(tracers) if is_tensor(x) else x for x in leaves], spec)
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
         graph = saw("capture", recorder.finish([x for x in out_leaves if is_tensor(x)], **writable))
+    same = any(r.randomness == "same" for r in (recorder, *recorders()))
+    graph = saw("reroll", reroll(graph, draws=not same))
     captures = [(t, source) for t, _, source in recorder.captures.values()]
     return Captured(
         graph,

@@ -9,3 +9,5 @@ DUMP: str | None = os.environ.get("FXFUNC_DUMP") or None
 # FXFUNC_DEBUG=n: 2 verifies the graph after every transform and pass and prints its size, 3 prints the graph, 4 sources too.
 DEBUG: int = int(os.environ.get("FXFUNC_DEBUG") or 0)
 VERIFY: bool = DEBUG >= 2  # the tests switch it on
+# FXFUNC_REROLL=n: a Python loop of n steps or more that are alike becomes a scan (passes/reroll.py).
+REROLL: int = int(os.environ.get("FXFUNC_REROLL") or 4)

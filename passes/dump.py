@@ -26,6 +26,12 @@ def saw(name: str, graph: Graph) -> Graph:
     return graph
 
 
+def said(name: str, text: str) -> None:
+    """A line on what a pass left as it is, and why, if the flags ask."""
+    if config.DEBUG >= 2:
+        print(f"{name:24} {text}", file=sys.stderr)
+
+
 def saw_source(name: str, text: str) -> None:
     """Write the source of a kernel or program, if the flags ask."""
     if config.DEBUG >= 4:
