@@ -147,7 +147,7 @@ def _capture(
         out_leaves, out_spec = pytree.tree_flatten(function(*args, **kwargs))
         graph = saw("capture", recorder.finish([x for x in out_leaves if is_tensor(x)], **writable))
     same = any(r.randomness == "same" for r in (recorder, *recorders()))
-    graph = saw("reroll", reroll(graph, draws=not same))
+    graph = reroll(graph, draws=not same)
     captures = [(t, source) for t, _, source in recorder.captures.values()]
     return Captured(
         graph,

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from . import config
-from .dump import said
+from .dump import said, saw
 from .graph import Graph, Literal, Val, constant, getitem, is_random, scan, substitute, typed
 from .infer import hermetic
 from .record import Builder, Value, aten
@@ -38,7 +38,7 @@ def reroll(graph: Graph, draws: bool = True) -> Graph:
         if numbers.of_graph(graph, ()) != numbers.of_graph(rolled, made):
             said("reroll", "kept unrolled: the scan unrolled is another program")
             break
-        graph = rolled
+        graph = saw("reroll", rolled)
     return graph
 
 
