@@ -18,7 +18,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import fxfunc
 from fxfunc import custom, guards
-from fxfunc.passes import batch, functionalize, graph, infer, intercept, jvp, record, regions, transpose
+from fxfunc.passes import (
+    batch,
+    functionalize,
+    graph,
+    infer,
+    intercept,
+    jvp,
+    pipeline,
+    record,
+    regions,
+    reroll,
+    transpose,
+)
 from fxfunc.passes.concrete import Concrete
 from fxfunc.passes.graph import Graph, Literal, constant, stop_gradient
 from fxfunc.passes.jvp import Dual
@@ -29,7 +41,6 @@ from fxfunc.passes.tracer import Tracer
 aten = torch.ops.aten
 capture, jit = sys.modules["fxfunc.capture"], sys.modules["fxfunc.jit"]  # fxfunc.jit is the function
 ABSENT = {
-    16: "there is no re-roll pass",
     20: "CPU programs are ATen's own kernels; the flag against fused multiply-add of Triton needs a GPU to matter",
     21: "there is no backend that splits sums into blocks on a CPU",
     29: "there is no backend with a shared object and threads of its own",
@@ -276,6 +287,22 @@ def all_examples_share_a_draw(patch):
         return self.b.emit(op, args, kwargs) if plain else draw(self, op, args, kwargs)
 
     patch.setattr(batch.Batch, "call", shared)
+
+
+@naive(16, "a_loop_is_the_scan_that_one_would_write", "test_reroll")
+def calls_are_merged_before_loops_are_rolled(patch):
+    roll = reroll.reroll
+    everywhere(patch, roll, lambda g, draws=True: roll(pipeline.simplify(g), draws))
+
+
+@naive(16, "a_number_of_half_precision_stays_a_number", "test_reroll")
+def numbers_that_differ_by_step_are_rounded(patch):
+    patch.setattr(reroll, "_EXACT", reroll._EXACT | {torch.float16})
+
+
+@naive(16, "a_scan_that_is_another_program_is_not_taken", "test_reroll")
+def scans_are_trusted(patch):
+    patch.setattr(reroll._Numbers, "of_graph", lambda self, g, made: None)
 
 
 @naive(17, "one_program_for_every_size", "test_regions")

@@ -404,7 +404,7 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_is_the_scan_that_one_would_write(name):
+def test_semantics_16_a_loop_is_the_scan_that_one_would_write(name):
     loop = LOOPS[name]
     rolled, by_hand = graph_of(loop.f, loop.args), graph_of(loop.by_hand, loop.args)
     verify(rolled, "reroll")
@@ -438,7 +438,7 @@ def test_what_only_looks_like_a_loop_stays_as_it_is(name, transform):
     assert_close(*(TRANSFORMS[transform](api, NEAR[name], w, [x]) for api in (fxfunc, torch.func)))
 
 
-def test_a_number_of_half_precision_stays_a_number():
+def test_semantics_16_a_number_of_half_precision_stays_a_number():
     """A tensor of no dims would be rounded where the number is not."""
 
     def f(w):
@@ -515,7 +515,7 @@ def test_the_graph_does_not_grow_with_the_steps():
     assert len(sizes) == 1
 
 
-def test_a_scan_that_is_another_program_is_not_taken(monkeypatch):
+def test_semantics_16_a_scan_that_is_another_program_is_not_taken(monkeypatch):
     """The check is not a formality: a faulty scan is noticed whatever is wrong with it."""
     from fxfunc.passes import reroll as module
 
