@@ -13,7 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxfunc.passes import errors
-from fxfunc.passes.graph import Graph, Val, reached
+from fxfunc.passes.dce import dce
+from fxfunc.passes.graph import Graph, Val, extract, reached
 from fxfunc.passes.graph import stop_gradient as _stop_gradient
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize as _linearize
@@ -248,13 +249,13 @@ def hvp(func: Callable, primals: tuple, tangents: tuple):
 def _linear_graph(graph: Graph, nonzero) -> Graph:
     """captures + cotangents of all outputs -> cotangents of the nonzero inputs, zeros made real; raises if not linear."""
     cut = _linearize(graph, nonzero, reverse=True)
-    starts = [n for n, z in zip(cut.primal.inputs, nonzero, strict=True) if z]
-    varying = reached(cut.primal.nodes, starts)
-    if any(n in varying for n in cut.primal.outputs[cut.count :]):
+    known = dce(extract(list(cut.primal.inputs), list(cut.primal.outputs[cut.count :])))
+    starts = [n for n, z in zip(known.inputs, nonzero, strict=True) if z]
+    if reached(known.nodes, starts) & set(known.outputs):
         raise errors.NotLinear(transform="linear_transpose")
     b = Builder(SIMPLIFY)
     inputs = [b.input(n.meta["val"], n.name) for n in graph.inputs]
-    residuals = b.inline(cut.primal, inputs)[cut.count :]
+    residuals = b.inline(known, inputs)
     cts = [b.input(v, "ct") for v in graph.out_vals]
     given = [j for j, z in enumerate(cut.nonzero_out) if z]
     back = transposed(cut.linear, cut.residuals, list(range(len(given))))

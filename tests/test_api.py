@@ -191,12 +191,19 @@ def test_hvp_is_the_hessian_times_a_vector(n):
     )
 
 
+def _steps(x):
+    for _ in range(5):
+        x = x.cumsum(1).sin()
+    return x
+
+
 LINEAR = {
     "product": (lambda x: x @ W, (X,)),
     "views": (lambda x: x.t().flip(0).cumsum(1)[1:], (X,)),
     "two": (lambda x, y: {"s": 2 * x - y.roll(1), "t": y.sum(0)}, (X, Y)),
     "complex": (lambda x: x * (1 + 2j), (torch.complex(X, Y),)),
     "mapped": (lambda x: fxfunc.vmap(lambda r: r @ W)(x), (X,)),
+    "tangent of a loop": (lambda t: fxfunc.jvp(_steps, (Y,), (t,))[1], (X,)),
 }
 
 
