@@ -70,7 +70,7 @@ nests = st.lists(st.sampled_from(sorted(NESTS)), min_size=1, max_size=4)
 checked = settings(
     deadline=None,
     derandomize=True,
-    max_examples=80,
+    max_examples=50,
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )

@@ -413,8 +413,15 @@ def test_semantics_16_a_loop_is_the_scan_that_one_would_write(name):
     assert len(rolled) <= 1.1 * len(by_hand)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", LOOPS)
+LONG = ("second order", "forward over reverse", "grad of all")  # of the largest loop
+PAIRS = [
+    pytest.param(n, t, marks=pytest.mark.slow) if n == "blocks with own weights" and t in LONG else (n, t)
+    for n in LOOPS
+    for t in TRANSFORMS
+]
+
+
+@pytest.mark.parametrize("name, transform", PAIRS)
 def test_a_loop_computes_what_its_unrolled_form_does(name, transform, monkeypatch):
     loop, how = LOOPS[name], TRANSFORMS[transform]
     w, *rest = loop.args

@@ -43,7 +43,9 @@ def test_an_op_that_both_can_do_agrees():
     assert all(o.status == "agrees" and o.samples == 1 and o.elements for o in found.values())
 
 
-@pytest.mark.parametrize("name, op", [("sin", aten.sin.default), ("mm", aten.mm.default)])
+@pytest.mark.parametrize(
+    "name, op", [pytest.param("sin", aten.sin.default, marks=pytest.mark.slow), ("mm", aten.mm.default)]
+)
 def test_a_wrong_rule_is_wrong(monkeypatch, name, op):
     row = ROWS[op]
     wrong = tuple(lambda *args, f=f, **kwargs: f(*args, **kwargs) * 1.5 for f in row.jvp)
