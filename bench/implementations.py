@@ -150,17 +150,19 @@ def no_backend(backend: str, device: str) -> str | None:
 
     if backend not in BACKENDS:
         return f"fxfunc has no backend {backend!r} yet"
+    if backend == "cpp":
+        return no_compiler(device) if device == "cpu" else "C++ programs are for the CPU"
     return "triton kernels need a CUDA device" if backend == "triton" and device == "cpu" else None
 
 
-def ours(backend: str, cache: str | None) -> Implementation:
+def ours(backend: str, cache: str | None, artifact: str | None = None) -> Implementation:
     return Implementation(
         backend,
         fxfunc_backend(backend),
         lambda device: no_backend(backend, device),
         least_imports=("torch", "fxfunc"),
         cache=cache,
-        artifact=None,
+        artifact=artifact,
     )
 
 
@@ -185,7 +187,7 @@ IMPLEMENTATIONS = {
         Implementation("jax", jax_jit, no_jax, imports=JAX, least_imports=JAX),
         Implementation("uncompiled", call_eagerly, here, least_imports=("torch", "fxfunc"), cache=_NO_CACHE),
         ours("eager", _NO_CACHE),
-        ours("cpp", None),
+        ours("cpp", None, "its artifacts run on the eager backend"),
         ours("triton", None),
     )
 }

@@ -21,8 +21,9 @@ from . import eager
 
 if TYPE_CHECKING:
     from .launch import Binary
+    from .tasks import Native
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "triton", "cpp")
 
 
 @dataclasses.dataclass
@@ -37,6 +38,8 @@ class Program:
     native: Graph | None = None
     kernels: list[Binary] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    programs: list[Native] = dataclasses.field(default_factory=list)  # of the cpp backend
+    notes: list[str] = dataclasses.field(default_factory=list)  # what a backend could not take, and why
 
 
 def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph, str, str]:
@@ -47,7 +50,7 @@ def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph
         raise errors.BackendError(
             backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
         )
-    target = target or (default_target() if backend == "triton" else device)
+    target = target or {"triton": default_target, "cpp": lambda: "cpu"}.get(backend, lambda: device)()
     check_target(backend, target)
     if device != target.partition(":")[0]:
         graph = saw("place", place(graph, torch.device("cpu" if target == "cpu" else "cuda:0")))
@@ -56,14 +59,16 @@ def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph
 
 def check_target(backend: str, target: str) -> None:
     """Raise BackendError for a target that a backend does not know."""
-    known = {"eager": r"cpu|cuda(:\d{2,3})?", "triton": r"cuda:\d{2,3}"}[backend]
+    known = {"eager": r"cpu|cuda(:\d{2,3})?", "triton": r"cuda:\d{2,3}", "cpp": "cpu"}[backend]
     if not re.fullmatch(known, str(target)):
         raise errors.BackendError(
             backend=backend,
             what=f"no such target: {target!r}",
             instead='Use "cuda:80", "cuda:90" or another compute capability.'
             if backend == "triton"
-            else 'Use "cpu" or "cuda".',
+            else 'Use "cpu" or "cuda".'
+            if backend == "eager"
+            else 'Use "cpu".',
         )
 
 
@@ -72,7 +77,9 @@ def compile(graph: Graph, backend: str, target: str) -> Program:
     start = time.perf_counter()
     low = lowered(graph)
     middle = time.perf_counter()
-    program = (_triton if backend == "triton" else _eager)(low, target)
+    program = (
+        _cpp(graph, low) if backend == "cpp" else (_triton if backend == "triton" else _eager)(low, target)
+    )
     program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
     return program
 
@@ -108,6 +115,16 @@ def _triton(graph: Graph, target: str) -> Program:
     for name, binary in kernels.items():
         saw_source(f"kernel-{name}", binary.source)
     return with_kernels(for_aten(graph), native, list(kernels.values()), target)
+
+
+def _cpp(graph: Graph, low: Graph) -> Program:
+    """Maps are loops there, so it takes the graph before they are batched."""
+    from .partition import compile_graph
+
+    built = compile_graph(graph)
+    return Program(
+        for_aten(low), "cpp", "cpu", eager.emit(built.graph), programs=built.programs, notes=built.notes
+    )
 
 
 def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str) -> Program:

@@ -25,7 +25,7 @@ from fxfunc.passes.dump import saw_source
 from fxfunc.passes.graph import Graph, Literal, Op, Val, cond, constant, getitem, root, scan
 
 from .calls import best
-from .loops import Kernel
+from .loops import Kernel, native
 from .loops import kernel as kernel_op
 
 # What a graph becomes: flat tensors in (its inputs), flat results out.
@@ -236,6 +236,8 @@ class _Writer:
             return self.literal(args[0])
         if op is kernel_op:
             return self.kernel(n)
+        if op is native:
+            return f"{self.bind(args[0].name, args[0])}([{', '.join(map(self.arg, args[1:]))}])"
         if isinstance(op, Op):
             raise errors.BackendError(
                 backend="eager",

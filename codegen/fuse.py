@@ -40,10 +40,12 @@ def _kernel_vals(k: Kernel, *operands: Val) -> Val | tuple[Val, ...]:
 OWN[kernel] = _kernel_vals
 
 
-def fuse(graph: Graph) -> Graph:
-    """The same program with groups of pointwise and reducing calls as `kernel` nodes; equal kernels are one object."""
+def fuse(graph: Graph, alone: bool = False) -> Graph:
+    """The same program with groups of pointwise and reducing calls as `kernel` nodes; equal kernels are one object.
+
+    A group of one call stays that call, unless `alone`."""
     graph = split_large(graph)
-    return _Fused(_Groups(graph)).graph()
+    return _Fused(_Groups(graph, alone)).graph()
 
 
 # ---- two-phase reductions ----
@@ -137,7 +139,7 @@ def _call(b: Builder, op: object, args: tuple, kwargs: dict, val: Val) -> Value:
 class _Groups:
     """The real calls of a graph (not views, not constants), partitioned; starts with groups of one and merges greedily."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, alone: bool = False):
         self.graph = graph
         self.real = [n for n in (*graph.inputs, *graph.nodes) if n.op == "placeholder" or not is_free(n)]
         self.order = {n: i for i, n in enumerate(self.real)}
@@ -153,7 +155,7 @@ class _Groups:
         for n in self.real:
             if n in self.fusable:
                 self._grow(n)
-        self._lower_rest()
+        self._lower_rest(alone)
 
     def _grow(self, n: Node) -> None:
         for d in sorted(self.deps[n], key=self.order.__getitem__, reverse=True):
@@ -194,11 +196,11 @@ class _Groups:
                 todo += [u for m in whole for u in self.users[m] if u not in seen]
         return False
 
-    def _lower_rest(self) -> None:
-        """Groups of one stay ATen, but for those that read a chunked view."""
+    def _lower_rest(self, alone: bool) -> None:
+        """Groups of one stay ATen, but for those that read a chunked view, or all are to be kernels."""
         for n in self.fusable:
-            if len(self.group[n]) == 1 and any(x.target is chunked for x in n.all_input_nodes):
-                self.lowered[n] = (*lower([n], [n], _name([n])), [n])
+            if len(self.group[n]) == 1 and (alone or any(x.target is chunked for x in n.all_input_nodes)):
+                self.lowered[n] = (*lower([n], [n], _name([n]), bare=alone), [n])
 
     def kernels(self) -> dict[tuple[Node, ...], tuple[Kernel, tuple[Node, ...], list[Node]]]:
         """What each group that became a kernel lowers to."""

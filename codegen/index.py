@@ -229,6 +229,14 @@ def _flip(space: Space, m: Map, out: Val, x: Val, dims: list[int]) -> Map:
     return tuple((a * -1).shifted(x.shape[d] - 1) if d in flipped else a for d, a in enumerate(m))
 
 
+def _diagonal(space: Space, m: Map, out: Val, x: Val, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Map:
+    *rest, along = m
+    a, b = dim1 % x.ndim, dim2 % x.ndim
+    ends = {a: along.shifted(max(-offset, 0)), b: along.shifted(max(offset, 0))}
+    others = iter(rest)
+    return tuple(ends[d] if d in ends else next(others) for d in range(x.ndim))
+
+
 def _same(space: Space, m: Map, *_: object, **__: object) -> Map:
     return m
 
@@ -239,6 +247,7 @@ VIEWS: dict[object, Callable[..., Map]] = {
     aten.permute.default: _permute, aten.transpose.int: _transpose,
     aten.t.default: lambda space, m, out, x: _transpose(space, m, out, x, 0, -1) if x.ndim == 2 else m,
     aten.expand.default: broadcast_map, aten.slice.Tensor: _slice, aten.select.int: _select, aten.flip.default: _flip,
+    aten.diagonal.default: _diagonal,
     aten.alias.default: _same, aten.detach.default: _same, aten.clone.default: _same,
     stop_reverse: _same, stop_gradient: _same,
 }  # fmt: skip
@@ -249,6 +258,13 @@ def pull(space: Space, node: Node, m: Map) -> Map:
     x, *rest = node.args
     kwargs = {} if node.target is aten.clone.default else node.kwargs
     return VIEWS[node.target](space, m, node.meta["val"], x.meta["val"], *rest, **kwargs)
+
+
+def reshaped(node: Node) -> Node:
+    """What a value is in another shape, element by element in the same order."""
+    while node.op == "call_function" and VIEWS.get(node.target) in (_reshape, _same):
+        node = node.args[0]
+    return node
 
 
 def push(space: Space, node: Node, m: Map) -> Map | None:

@@ -33,6 +33,8 @@ from fxfunc.passes.graph import Op
 
 # kernel(Kernel, *operands): the outputs of a Kernel, in order of its output arguments; one output is not a tuple.
 kernel = Op("kernel")
+# native(program, *operands): the outputs of a compiled program over many calls, always a tuple.
+native = Op("native")
 
 Number = int | float | bool
 

@@ -18,7 +18,18 @@ from fxfunc.passes.graph import Op, Val, constant
 from fxfunc.passes.infer import OWN
 
 from .expr import Body, Expr
-from .index import VIEWS, Affine, Map, NotFusable, Space, Split, broadcast_map, pull, push
+from .index import (
+    VIEWS,
+    Affine,
+    Map,
+    NotFusable,
+    Space,
+    Split,
+    broadcast_map,
+    pull,
+    push,
+    reshaped,
+)
 from .loops import Arg, Index, Instr, Iota, Kernel, Load, Reduce, Store, broadcast, verify
 from .rows import EXPENSIVE, POINTWISE, REDUCING, Row
 
@@ -128,13 +139,13 @@ CONSTANTS: dict[object, Callable[..., Expr]] = {
 
 
 def lower(
-    members: Sequence[Node], outputs: Sequence[Node], name: str = "kernel"
+    members: Sequence[Node], outputs: Sequence[Node], name: str = "kernel", bare: bool = False
 ) -> tuple[Kernel, tuple[Node, ...]]:
-    """The kernel that computes `outputs` of these nodes (in order of the graph), and the nodes it reads."""
+    """The kernel that computes `outputs` of these nodes (in order of the graph), and the nodes it reads: none only if `bare`."""
     space = _root_space(members, outputs)
     for _ in range(MAX_SPLITS):
         try:
-            return _Lowering(space, members, outputs).run(name)
+            return _Lowering(space, members, outputs).run(name, bare)
         except Split as split:
             space = space.split(split.axis, split.inner)
     raise NotFusable("too many splits")
@@ -160,13 +171,13 @@ class _Lowering:
         self.computed: dict[Node, tuple] = {}
         self.memo: dict[tuple, Expr] = {}
 
-    def run(self, name: str) -> tuple[Kernel, tuple[Node, ...]]:
+    def run(self, name: str, bare: bool) -> tuple[Kernel, tuple[Node, ...]]:
         """The kernel and its operands, or `NotFusable`."""
         maps = _Maps(self).learn()
         if missing := [n for n in self.outputs if n not in maps]:
             raise NotFusable(f"{missing} cannot be stored from this index space")
         values = {n: self.value(n, maps[n]) for n in self.outputs}
-        if not 0 < len(self.operands) <= MAX_ARGS - len(values):
+        if not (0 if bare else 1) <= len(self.operands) <= MAX_ARGS - len(values):
             raise NotFusable("the number of arguments")
         args = [_arg(n, f"{n.name}_ptr") for n in self.operands] + [
             _arg(n, f"{n.name}_out", True) for n in values
@@ -198,6 +209,9 @@ class _Lowering:
             return self.body.const(node.args[0].tensor.item(), node.meta["val"].dtype)
         if node.target in CONSTANTS:
             return CONSTANTS[node.target](self, node, m, *node.args, **node.kwargs)
+        source = reshaped(node)
+        if source not in self.members and (source.op != "call_function" or not is_free(source)):
+            return self._load(source, m, guard, node.meta["val"].shape)
         return self.value(node.args[0], pull(self.space, node, m), guard)
 
     def _member(self, node: Node, m: Map, guard: Expr | None) -> Expr:
@@ -274,12 +288,13 @@ class _Lowering:
 
     # -- accesses --
 
-    def _load(self, node: Node, m: Map, guard: Expr | None) -> Expr:
+    def _load(self, node: Node, m: Map, guard: Expr | None, shape: tuple[Size, ...] | None = None) -> Expr:
+        """The element that a map of the node reads, or of the node in another shape."""
         arg = self.operands.setdefault(node, len(self.operands))
         val = node.meta["val"]
         if val.dtype not in DTYPES:
             raise NotFusable(f"{node} is {val.dtype}")
-        index, shape = self.index(self.space.flat(m, val.shape))
+        index, shape = self.index(self.space.flat(m, val.shape if shape is None else shape))
         if guard is not None:
             shape = broadcast([shape, self._shape(guard.i)])
         out = self.body.emit(Load(arg, index, shape, guard.i if guard else None), val.dtype)
@@ -364,7 +379,10 @@ class _Maps:
         elif node in self.low.members:
             return
         elif node.target in VIEWS:
-            self._set(node.args[0], pull(self.space, node, m))
+            try:
+                self._set(node.args[0], pull(self.space, node, m))
+            except NotFusable:
+                return  # a dense value outside of the group is read all the same
 
     def _from_operands(self, node: Node) -> Map | None:
         x, shape = node.args[0] if node.args else None, node.meta["val"].shape

@@ -278,7 +278,7 @@ class Lowered:
 
     @no_collection()
     def compile(self, backend: str | None = None, target: str | None = None) -> Compiled:
-        """Compile for a backend ("eager", "triton"; None picks by device) and target ("cpu", "cuda:80", "cuda:90").
+        """Compile for a backend ("eager", "cpp", "triton"; None picks eager or triton by device) and target ("cpu", "cuda:80", "cuda:90").
 
         Raises BackendError naming what the backend cannot take.
         """
@@ -334,6 +334,11 @@ class Compiled:
                 instead="Call it under torch.no_grad(), or compile the derivative into the artifact.",
             )
         return self.signature.outputs(own_memory(self._program.call(inputs), inputs))
+
+    def explain(self) -> str:
+        """What the backend made of the program: its native parts, and what is not in them and why, one a line."""
+        made = [p.describe() for p in self._program.programs]
+        return "\n".join([f"backend {self.backend}", *made, *self._program.notes])
 
     def _compile(self, graph: Graph):
         return self._program.call if graph is self._graph else compiled(graph)

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from . import errors
 from .graph import Graph, Val, typed
 from .infer import on_forget
 from .record import Builder, vals
@@ -28,6 +29,11 @@ def expand(op, args, kwargs) -> Graph | None:
 def decomposition(op, args, kwargs) -> Graph | None:
     """The graph of PyTorch's decomposition, one input per tensor argument; None if there is none."""
     return _cached(_tabled, op, args, kwargs)
+
+
+def taken_apart(op, args, kwargs) -> Graph | None:
+    """The graph of PyTorch's decomposition of any op, those of its core too."""
+    return _cached(_taken_apart, op, args, kwargs)
 
 
 @functools.cache
@@ -55,8 +61,20 @@ def _composition(op, args, kwargs) -> Graph | None:
 
 
 def _tabled(op, args, kwargs) -> Graph | None:
-    function = table().get(op)
-    return function and _recorded(op, function, args, kwargs)
+    return _if_it_can(op, table().get(op), args, kwargs)
+
+
+def _taken_apart(op, args, kwargs) -> Graph | None:
+    from torch._decomp import decomposition_table
+
+    return _if_it_can(op, decomposition_table.get(op), args, kwargs)
+
+
+def _if_it_can(op, function, args, kwargs) -> Graph | None:
+    try:
+        return function and _recorded(op, function, args, kwargs)
+    except (errors.NotSupported, errors.UnsupportedInside):  # it writes, or reads a tensor of its own
+        return None
 
 
 def _recorded(op, function, args, kwargs) -> Graph | None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import fxfunc
 from fxfunc import custom, guards
+from fxfunc.codegen import cxx, prelude, tasks
 from fxfunc.passes import (
     batch,
     functionalize,
@@ -40,11 +41,6 @@ from fxfunc.passes.tracer import Tracer
 
 aten = torch.ops.aten
 capture, jit = sys.modules["fxfunc.capture"], sys.modules["fxfunc.jit"]  # fxfunc.jit is the function
-ABSENT = {
-    20: "CPU programs are ATen's own kernels; the flag against fused multiply-add of Triton needs a GPU to matter",
-    21: "there is no backend that splits sums into blocks on a CPU",
-    29: "there is no backend with a shared object and threads of its own",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +340,40 @@ def jvp_rule(patch, op, *rules) -> None:
     entry(patch, ROWS, op, dataclasses.replace(ROWS[op], jvp=rules))
 
 
+@naive(20, "a_value_has_the_same_bits_in_every_lane_and_alone", "test_cpp")
+def functions_differ_in_tails(patch):
+    declared = 'extern "C" __attribute__((simd("notinbranch"))) double {0}({1});\n#define lanes_{0} {0}\n'
+    patch.setattr(prelude, "_lanes_of", lambda name: _declared(declared, name))
+    cxx._load.cache_clear()
+
+
+def _declared(text: str, name: str) -> str:
+    t = "float" if name.endswith("f") and name != "erf" else "double"
+    count = 2 if name.removesuffix("f") in cxx.PAIRS else 1
+    return text.format(name, ", ".join([t] * count)).replace("double " + name, f"{t} {name}")
+
+
+@naive(20, "arithmetic_has_the_bits_of_aten", "test_cpp")
+def products_and_sums_are_fused(patch):
+    patch.setattr(cxx, "FLAGS", (*cxx.FLAGS, "-ffp-contract=fast"))
+    cxx._load.cache_clear()
+
+
+@naive(21, "sums_do_not_depend_on_the_number_of_threads", "test_cpp")
+def a_block_a_thread(patch):
+    class Threads(int):
+        def __format__(self, spec):
+            return "threads"
+
+    make = tasks._Map.__init__
+
+    def by_threads(self, outer, n):
+        make(self, outer, n)
+        self.blocks = Threads(self.blocks)
+
+    patch.setattr(tasks._Map, "__init__", by_threads)
+
+
 @naive(22, "pytorchs_choices")
 def relu_has_slope_1_at_0(patch):
     jvp_rule(patch, aten.relu.default, lambda t, y, a: a.ge(0).where(t, 0.0))
@@ -459,6 +489,11 @@ def foreign_tracers_do_not_see_the_run(patch):
             return run(*args)
 
     everywhere(patch, run, unseen)
+
+
+@naive(29, "a_forked_child_runs_with_one_thread", "test_cpp")
+def a_forked_child_has_the_threads_of_its_parent(patch):
+    patch.setattr(tasks, "_threads", torch.get_num_threads)
 
 
 @naive(30, "a_bare_import_is_refused")

@@ -155,7 +155,7 @@ def user_file(tmp_path_factory):
 def results(user_file):
     """Every workload of the file under torch.func, our eager backend, a backend that there is not, and JAX."""
     options = runner.Options(files=(user_file,), **QUICK)
-    chosen = [impl.find(name) for name in ("torch.func", "jax", "eager", "cpp")]
+    chosen = [impl.find(name) for name in ("torch.func", "jax", "eager", "triton")]
     return run.measure([find(name) for name in STATUSES], chosen, options, ["test"], lambda results: None)
 
 
@@ -183,8 +183,8 @@ def test_a_cell_that_is_not_ok_has_no_times(results, workload):
 
 
 def test_what_does_not_exist_is_absent_with_a_reason(results):
-    assert cell(results, "test-fine", "cpp")["status"] == "absent"
-    assert "cpp" in cell(results, "test-fine", "cpp")["reason"]
+    assert cell(results, "test-fine", "triton")["status"] == "absent"
+    assert "triton" in cell(results, "test-fine", "triton")["reason"]
     assert cell(results, "test-raise", "jax")["status"] == "absent"
 
 

@@ -1,0 +1,179 @@
+"""Calls that move values, as C++ statements over dense buffers: `MOVES`, op -> `Move`; `refusal` says what is not taken.
+
+`{0}`, `{1}`, ... stand for the sources, `{out}` for the result and `{T}` for its type; the templates are in the prelude.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.fx import Node
+
+from fxfunc.passes.dims import numel
+from fxfunc.passes.graph import Val
+
+from .cpp import literal
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """What is read, and the statements."""
+
+    sources: list[Node]
+    lines: list[str]
+
+
+def _around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+    """The numbers of elements before, along and behind a dim."""
+    dim = dim % max(1, len(shape))
+    return numel(shape[:dim]), shape[dim] if shape else 1, numel(shape[dim + 1 :])
+
+
+def _shape(n: Node) -> tuple[int, ...]:
+    return n.meta["val"].shape
+
+
+def _joined(xs: Sequence[Node], outer: int, widths: Sequence[int]) -> Move:
+    total, at, lines = sum(widths), 0, []
+    for i, width in enumerate(widths):
+        lines.append(f"put<{{T}}, {outer}, {width}, {total}>({{out}} + {at}, {{{i}}});")
+        at += width
+    return Move(list(xs), lines)
+
+
+def _cat(xs: Sequence[Node], dim: int = 0) -> Move:
+    xs = [x for x in xs if _shape(x) != (0,)]
+    parts = [_around(_shape(x), dim) for x in xs]
+    return _joined(xs, parts[0][0], [along * inner for _, along, inner in parts])
+
+
+def _stack(xs: Sequence[Node], dim: int = 0) -> Move:
+    shape = _shape(xs[0])
+    outer = numel(shape[: dim % (len(shape) + 1)])
+    return _joined(xs, outer, [numel(shape) // max(1, outer)] * len(xs))
+
+
+def _steps(shape: Sequence[int]) -> list[int]:
+    """The strides of a dense tensor."""
+    return [numel(shape[d + 1 :]) for d in range(len(shape))]
+
+
+def _from_start(i: int | None, n: int, default: int = 0) -> int:
+    """A Python index as one that is in range."""
+    i = default if i is None else i
+    return min(max(i + n if i < 0 else i, 0), n)
+
+
+def _written(
+    first: Sequence[str], src: int, shape: Sequence[int], offset: int, steps: Sequence[int]
+) -> list[str]:
+    """`first`, then source `src`, of this shape, to places of the result."""
+    names = [f"i{d}" for d in range(len(shape))]
+    loops = [f"for (int64_t {i} = 0; {i} < {n}; {i}++)" for i, n in zip(names, shape, strict=True)]
+    to, at = ([f"{i} * {s}" for i, s in zip(names, steps, strict=True)] for steps in (steps, _steps(shape)))
+    return [
+        *first,
+        f"{' '.join(loops)} {{out}}[{' + '.join([str(offset), *to])}] = ({{{src}}})[{' + '.join(at) or 0}];",
+    ]
+
+
+def _scatter(x: Node, src: Node, offset: int, steps: Sequence[int]) -> Move:
+    """`x` with `src` in place of a view of it."""
+    return Move(
+        [x, src],
+        _written([f"put<{{T}}, 1, {numel(_shape(x))}, 0>({{out}}, {{0}});"], 1, _shape(src), offset, steps),
+    )
+
+
+def _slice_scatter(
+    x: Node, src: Node, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Move:
+    shape, steps = _shape(x), _steps(_shape(x))
+    dim = dim % len(shape)
+    offset = _from_start(start, shape[dim]) * steps[dim]
+    return _scatter(x, src, offset, [s * step if d == dim else s for d, s in enumerate(steps)])
+
+
+def _select_scatter(x: Node, src: Node, dim: int, index: int) -> Move:
+    steps, dim = _steps(_shape(x)), dim % len(_shape(x))
+    return _scatter(x, src, index % _shape(x)[dim] * steps[dim], [*steps[:dim], *steps[dim + 1 :]])
+
+
+def _diagonal_scatter(x: Node, src: Node, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Move:
+    steps, ends = _steps(_shape(x)), [d % len(_shape(x)) for d in (dim1, dim2)]
+    (a, b), rest = (steps[d] for d in ends), [s for d, s in enumerate(steps) if d not in ends]
+    return _scatter(x, src, max(-offset, 0) * a + max(offset, 0) * b, [*rest, a + b])
+
+
+def _pad(x: Node, pad: Sequence[int], value: float = 0) -> Move:
+    shape = _shape(x)
+    before = [
+        pad[2 * (len(shape) - 1 - d)] if 2 * (len(shape) - 1 - d) < len(pad) else 0 for d in range(len(shape))
+    ]
+    after = [
+        pad[2 * (len(shape) - 1 - d) + 1] if 2 * (len(shape) - 1 - d) < len(pad) else 0
+        for d in range(len(shape))
+    ]
+    out = [a + n + b for a, n, b in zip(before, shape, after, strict=True)]
+    fill = f"for (int64_t i = 0; i < {numel(out)}; i++) {{out}}[i] = {literal(value, x.meta['val'].dtype)};"
+    steps = _steps(out)
+    return Move(
+        [x], _written([fill], 0, shape, sum(a * s for a, s in zip(before, steps, strict=True)), steps)
+    )
+
+
+def _gather(x: Node, dim: int, index: Node, *, sparse_grad: bool = False) -> Move:
+    (outer, along, inner), count = _around(_shape(x), dim), _around(_shape(index), dim)[1]
+    at = dim % max(1, len(_shape(x)))
+    return Move(
+        [x, index], [f"gather<{{T}}, {outer}, {along}, {count}, {inner}, {at}>({{out}}, {{0}}, {{1}}, bad);"]
+    )
+
+
+def _scatter_add(x: Node, dim: int, index: Node, src: Node) -> Move:
+    (outer, along, inner), count = _around(_shape(x), dim), _around(_shape(index), dim)[1]
+    at = dim % max(1, len(_shape(x)))
+    return Move([x, index, src], [f"put<{{T}}, 1, {outer * along * inner}, 0>({{out}}, {{0}});",
+                f"scatter_add<{{T}}, {outer}, {along}, {count}, {inner}, {at}>({{out}}, {{1}}, {{2}}, bad);"])  # fmt: skip
+
+
+MOVES: dict[object, Callable[..., Move]] = {
+    aten.cat.default: _cat, aten.stack.default: _stack, aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter, aten.diagonal_scatter.default: _diagonal_scatter,
+    aten.constant_pad_nd.default: _pad, aten.gather.default: _gather, aten.scatter_add.default: _scatter_add,
+}  # fmt: skip
+
+
+def refusal(n: Node) -> str | None:
+    """Why a move, whose sizes are all numbers, is not taken, or None."""
+    tensors = n.all_input_nodes
+    vals: list[Val] = [x.meta["val"] for x in tensors]
+    if numel(_shape(n)) == 0 or any(numel(v.shape) == 0 for v in vals):
+        return "an empty value"
+    if n.target in (aten.cat.default, aten.stack.default):
+        return None if all(v.dtype == vals[0].dtype for v in vals) else "several dtypes"
+    if n.target is aten.constant_pad_nd.default and min(n.args[1], default=0) < 0:
+        return "a negative pad"
+    if n.target in (aten.gather.default, aten.scatter_add.default):
+        return _indexing(n)
+    return None
+
+
+def _indexing(n: Node) -> str | None:
+    x, dim, index, *src = n.args
+    if index.meta["val"].dtype != torch.int64:
+        return f"an index of {index.meta['val'].dtype}"
+    if n.meta["val"].dtype in (torch.float16, torch.bfloat16, torch.bool) and src:
+        return f"a sum of {n.meta['val'].dtype}"
+    around = [_around(_shape(y), dim) for y in (x, index)]
+    if (
+        around[0][0] != around[1][0]
+        or around[0][2] != around[1][2]
+        or any(_shape(y) != _shape(index) for y in src)
+    ):
+        return "an index smaller than what it indexes"
+    return None

@@ -1,0 +1,359 @@
+"""Which part of a graph is C++. Entry point: `compile_graph`: the graph with a few `native` nodes, the rest ATen calls.
+
+Maps of enough work whose bodies are all C++ stay loops over tasks; the others are batched. Scans stay loops. Then as many calls
+as possible are one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfunc.passes.batch import lower as batched
+from fxfunc.passes.dce import dce
+from fxfunc.passes.decompose import tensors_in
+from fxfunc.passes.dims import Dim, numel
+from fxfunc.passes.dump import saw, saw_source
+from fxfunc.passes.graph import (
+    Graph,
+    Op,
+    Val,
+    constant,
+    extract,
+    getitem,
+    is_random,
+    map_,
+    scan,
+    substitute,
+)
+from fxfunc.passes.merge import merge_maps
+from fxfunc.passes.pipeline import for_aten, simplify
+from fxfunc.passes.record import Builder, Value
+from fxfunc.passes.simplify import SIMPLIFY
+
+from .expand import PRODUCTS, expand
+from .loops import native
+from .lower import DTYPES, base, is_constant, is_free
+from .prepare import affine, product_work, refusal, work
+from .tasks import Native, bytes_of
+
+aten = torch.ops.aten
+log = logging.getLogger("fxfunc")
+
+SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
+LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
+LARGE_TASK_PRODUCT = 2**24  # and inside
+BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
+FOLDED = 2**20  # bytes of a constant that is computed once
+
+
+@dataclasses.dataclass
+class Built:
+    """A graph with `native` nodes, and for each call outside of them why it is there."""
+
+    graph: Graph
+    programs: list[Native]
+    notes: list[str]
+
+
+def build(graph: Graph) -> Built:
+    """The graph with all that can be C++ in `native` nodes; nothing is compiled yet."""
+    notes: list[str] = []
+    graph = _opened(merge_maps(dce(graph)), notes)
+    graph = saw("tasks", dce(_folded(graph)))
+    return _Partition(graph, notes).built()
+
+
+def compile_graph(graph: Graph) -> Built:
+    """`build`, and the programs compiled."""
+    built = build(graph)
+    for p in built.programs:
+        saw_source(p.name, p.source)
+        p.compile()
+    for note in built.notes:
+        log.info("cpp: %s", note)
+    return built
+
+
+def _opened(graph: Graph, notes: list[str]) -> Graph:
+    """The graph with each map as a loop over a flat body where that is possible and worth it, batched elsewhere."""
+    b = Builder(None)
+
+    def call(op: Op, args: tuple, kwargs: dict):
+        if op is scan:
+            return b.emit(op, (_flat(args[0]), *args[1:]), kwargs)
+        if op is not map_:
+            return b.emit(op, args, kwargs)
+        body = _flat(args[0])
+        why = _why_batched(body, kwargs["length"])
+        if why is None:
+            return _in_blocks(b, body, args[1], kwargs)
+        notes.append(f"a map of {kwargs['length']} is batched: {why}")
+        return tuple(b.inline(_one_map(args, kwargs), list(args[1]), None))
+
+    out = b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
+    return affine(_simpler(expand(_lower_rest(out))))
+
+
+def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict) -> tuple[Value, ...]:
+    """A map whose tasks are blocks of examples, batched: as many as make its calls worth their overhead."""
+    length = kwargs["length"]
+    block = _block(body, length)
+    if block == 1:
+        return b.emit(map_, (body, tuple(operands)), kwargs)
+    inner, mapped, count = Builder(SIMPLIFY), kwargs["mapped"], length // block
+    ins = [
+        inner.input(Val((block, *v.shape), v.dtype, v.device) if m else v, n.name)
+        for n, v, m in zip(body.inputs, body.in_vals, mapped, strict=True)
+    ]
+    outs = inner.emit(map_, (body, tuple(ins)), kwargs | {"length": block})
+    xs = [x.reshape([count, block, *x.shape[1:]]) if m else x for x, m in zip(operands, mapped, strict=True)]
+    results = b.emit(map_, (_flat(inner.finish(list(outs))), tuple(xs)), kwargs | {"length": count})
+    return tuple(
+        y if kind == "sum" else y.reshape([length, *y.shape[2:]])
+        for y, kind in zip(results, kwargs["outs"], strict=True)
+    )
+
+
+def _block(body: Graph, length: int) -> int:
+    """The largest divisor of the length that leaves enough tasks, and values of no more than `BLOCK_ELEMENTS` on average."""
+    sizes = list(_sizes(body))
+    most = min(BLOCK_ELEMENTS * len(sizes) // max(1, sum(sizes)), length // LEAST_TASKS)
+    return next((d for d in range(most, 1, -1) if length % d == 0), 1)
+
+
+def _sizes(body: Graph) -> Iterator[int]:
+    """The number of elements of each value that is computed, in loops once."""
+    for n in body.nodes:
+        if n.target is scan:
+            yield from _sizes(n.args[0])
+        elif not is_free(n) and n.target is not getitem:
+            yield numel(n.meta["val"].shape)
+
+
+def _one_map(args: tuple, kwargs: dict) -> Graph:
+    """The map alone, batched."""
+    body, operands = args
+    b = Builder(None)
+    ins = [b.input(x.val, n.name) for x, n in zip(operands, body.inputs, strict=True)]
+    return batched(b.finish(list(b.emit(map_, (body, tuple(ins)), kwargs))))
+
+
+def _lower_rest(graph: Graph) -> Graph:
+    """Conds and the like opened as for every backend; maps and scans stay."""
+    b = Builder(None)
+
+    def call(op: Op, args: tuple, kwargs: dict):
+        if isinstance(op, Op) and op not in (map_, scan, constant):
+            inner = Builder(None)
+            flat: list[Value] = []
+
+            def bind(x):
+                if isinstance(x, Value):
+                    flat.append(x)
+                    return inner.input(x.val, "x")
+                return type(x)(map(bind, x)) if type(x) in (list, tuple) else x
+
+            out = inner.emit(op, tuple(map(bind, args)), {k: bind(v) for k, v in kwargs.items()})
+            outs = b.inline(batched(inner.finish(list(out) if isinstance(out, tuple) else [out])), flat)
+            return tuple(outs) if isinstance(out, tuple) else outs[0]
+        return b.emit(op, args, kwargs)
+
+    return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
+
+
+def _simpler(graph: Graph) -> Graph:
+    while len(smaller := simplify(graph)) < len(graph):
+        graph = smaller
+    return graph
+
+
+def _flat(body: Graph) -> Graph:
+    """A body with its own maps batched."""
+    return affine(_simpler(expand(dce(batched(body)))))
+
+
+def _why_batched(body: Graph, length: object) -> str | None:
+    why = _why_no_loop(body, length)
+    return "little work" if why is None and work(body) * length < SMALL_MAP else why
+
+
+def _why_no_loop(body: Graph, length: object) -> str | None:
+    """Why a body cannot be run so many times in C++, or None."""
+    if not isinstance(length, int) or length == 0:
+        return "its length"
+    if body.draws:
+        return "it draws random numbers"
+    for n in body.nodes:
+        if (why := _task_refusal(n)) is not None:
+            return f"{_named(n)}: {why}"
+    vals = (*body.in_vals, *body.out_vals)
+    if any(isinstance(s, Dim) or v.dtype not in DTYPES for v in vals for s in (*v.shape, 0)):
+        return "symbolic sizes or a dtype that is not supported"
+    return None
+
+
+def _named(n: Node) -> str:
+    """A call, for a message."""
+    return f"{n.target} ({n.name}{' at ' + n.meta['source'] if n.meta.get('source') else ''})"
+
+
+def _task_refusal(n: Node) -> str | None:
+    if n.target is getitem:
+        return None
+    if n.target is scan:
+        return _why_no_loop(n.args[0], n.kwargs["length"])
+    if isinstance(n.target, Op) and n.target is not constant:
+        return "a region inside of a task"
+    if n.target is constant and not is_constant(n):
+        return "a constant tensor inside of a task"
+    if n.target in PRODUCTS and refusal(n) is None and product_work(n) > LARGE_TASK_PRODUCT:
+        return "a large product"
+    return refusal(n)
+
+
+def _folded(graph: Graph) -> Graph:
+    """The graph with what depends on nothing, `eye` and the like, computed once."""
+    b, known = Builder(None), {}
+
+    def call(op: Op, args: tuple, kwargs: dict):
+        out = b.emit(op, args, kwargs)
+        if not isinstance(out, Value) or isinstance(op, Op) or is_random(op) or not _foldable(out.val):
+            return out
+        given = tensors_in(args, Value)
+        if not all(x.node in known for x in given) or tensors_in(list(kwargs.values()), Value):
+            return out
+        known[out.node] = op(*_with_tensors(args, known), **kwargs)
+        if is_free(out.node):
+            return out  # computed where it is read, which costs nothing
+        made = b.constant(known[out.node])
+        known[made.node] = known[out.node]
+        return made
+
+    return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
+
+
+def _with_tensors(x, known: dict[Node, Tensor]):
+    """An argument structure with tensors for values."""
+    if isinstance(x, Value):
+        return known[x.node]
+    return type(x)(_with_tensors(y, known) for y in x) if isinstance(x, (list, tuple)) else x
+
+
+def _foldable(val: Val) -> bool:
+    return (
+        val.device.type == "cpu"
+        and not any(isinstance(s, Dim) for s in val.shape)
+        and bytes_of(val) <= FOLDED
+    )
+
+
+class _Partition:
+    """Groups of calls that become one `native` node each: as long as no ATen call between them needs one of them."""
+
+    def __init__(self, graph: Graph, notes: list[str]):
+        self.graph, self.notes = graph, notes
+        self.fx = torch.fx.Graph()
+        self.env: dict[Node, Node] = {}
+        self.programs: list[Native] = []
+        self.pending: list[Node] = []
+        self.waits: set[Node] = set()  # what the pending calls compute, views of it too
+        self.late: list[Node] = []
+
+    def built(self) -> Built:
+        """The new graph."""
+        for n in self.graph.inputs:
+            self._copy(n)
+        for n in self.graph.nodes:
+            if is_free(n) or n.target is getitem:
+                if any(x in self.waits for x in n.all_input_nodes):
+                    self.waits.add(n)
+                continue  # copied where it is read
+            if (why := self._refusal(n)) is None:
+                self.pending.append(n)
+                self.waits.add(n)
+                continue
+            if n.target is not constant:
+                self.notes.append(f"{_named(n)} runs in ATen: {why}")
+            if any(x in self.waits for x in n.all_input_nodes):
+                self._flush()
+            self._get(n)
+        self._flush()
+        outputs = tuple(None if n is None else self._get(n) for n in self.graph.outputs)
+        self.fx.output(outputs)
+        return Built(for_aten(Graph(self.fx)), self.programs, self.notes)
+
+    def _refusal(self, n: Node) -> str | None:
+        if n.target is map_:
+            return None
+        if n.target is constant:
+            return "a constant"
+        if n.target is scan:
+            return _why_no_loop(n.args[0], n.kwargs["length"])
+        if isinstance(n.target, Op):
+            return "a region outside of a map"
+        if n.target in PRODUCTS and refusal(n) is None and product_work(n) >= LARGE_PRODUCT:
+            return "a large product"
+        return refusal(n)
+
+    def _flush(self) -> None:
+        """The pending calls as a program, if they are worth one."""
+        inside, self.pending, self.waits = self.pending, [], set()
+        if not inside:
+            return
+        if len(inside) == 1 and inside[0].target not in (map_, scan):
+            self._get(inside[0])
+            return
+        results = [r for n in inside for r in _results(n)]
+        members = set(inside)
+        wanted = [r for r in results if self._read_outside(r, members)]
+        bound = dict.fromkeys(
+            x
+            for n in inside
+            for x in _sources(n)
+            if x not in members and x not in results and not is_constant(x)
+        )
+        graph = extract(list(bound), wanted)
+        program = Native(f"program_{len(self.programs) + 1}" if self.programs else "program", graph)
+        self.programs.append(program)
+        node = self.fx.create_node(
+            "call_function", native, (program, *(self._get(x) for x in bound)), {}, program.name
+        )
+        node.meta.update(val=program.vals, source=inside[-1].meta.get("source"), origin="native")
+        for i, r in enumerate(wanted):
+            self.env[r] = self.fx.create_node("call_function", getitem, (node, i), {}, r.name)
+            self.env[r].meta.update(r.meta)
+
+    def _read_outside(self, n: Node, members: set[Node]) -> bool:
+        """True if an output, or a call that is no member, reads a value, through views too."""
+        if n in self.graph.outputs:
+            return True
+        return any(
+            self._read_outside(u, members) if is_free(u) else u not in members
+            for u in n.users
+            if u.op != "output"
+        )
+
+    def _get(self, n: Node) -> Node:
+        return self.env[n] if n in self.env else self._copy(n)
+
+    def _copy(self, n: Node) -> Node:
+        args = substitute(n.args, self._get)
+        kwargs = {k: substitute(v, self._get) for k, v in n.kwargs.items()}
+        new = self.env[n] = self.fx.create_node(n.op, n.target, args, kwargs, n.name)
+        new.meta.update(n.meta)
+        return new
+
+
+def _results(n: Node) -> list[Node]:
+    return [n] if isinstance(n.meta["val"], Val) else [u for u in n.users if u.target is getitem]
+
+
+def _sources(n: Node) -> list[Node]:
+    """The values that a call reads, with no view between."""
+    return [base(x) for x in n.all_input_nodes]

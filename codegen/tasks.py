@@ -1,0 +1,480 @@
+"""A prepared graph as a C++ program over buffers: `Native`, which compiles and runs one.
+
+The unit is a program, not a launch a kernel: inside of a map's body all values are small, and a task that keeps them in one
+piece of scratch memory in cache is worth more than any fusion across launches. So a `map` is a parallel loop over its
+examples (`task`s), each of which runs the body from beginning to end, and a `scan` a loop of steps. What a body is made of comes
+from the loop IR: the calls are fused into kernels (fuse.py), equal ones are one C++ function, and small matrix products call
+a template of the prelude with sizes and strides as constants.
+
+Scratch memory is laid out here, reused after the last reader. Sums over examples are done in blocks fixed by the length: each
+block in order by one thread, then the blocks in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfunc.passes.dims import numel
+from fxfunc.passes.graph import (
+    Graph,
+    Val,
+    getitem,
+    map_,
+    scan,
+)
+from fxfunc.passes.infer import OWN
+
+from . import cxx
+from .cpp import TYPES, comment, function, is_large, name_of
+from .expand import PRODUCTS
+from .loops import Kernel, native
+from .loops import kernel as kernel_op
+from .lower import base, is_free
+from .moves import MOVES
+from .prelude import prelude
+from .prepare import form, prepare, strides
+from .triton import source_line
+
+aten = torch.ops.aten
+
+BLOCKS, BLOCKS_BYTES = 64, 16 * 2**20  # of partial sums over examples
+KEPT = 64 * 2**20  # bytes of scratch memory kept between calls
+
+
+# ---- scratch memory ----
+
+
+class _Memory:
+    """Offsets for buffers that come and go: the first gap that is large enough."""
+
+    def __init__(self) -> None:
+        self.live: list[tuple[int, int]] = []
+        self.size = 0
+
+    def take(self, size: int) -> int:
+        """The offset of a new buffer."""
+        size, at = -(-max(size, 1) // 64) * 64, 0
+        for start, end in sorted(self.live):
+            if start - at >= size:
+                break
+            at = end
+        self.live.append((at, at + size))
+        self.size = max(self.size, at + size)
+        return at
+
+    def free(self, at: int) -> None:
+        """Give a buffer back."""
+        self.live = [x for x in self.live if x[0] != at]
+
+
+def bytes_of(val: Val) -> int:
+    return numel(val.shape) * val.dtype.itemsize
+
+
+# ---- C++ of a graph ----
+
+
+class _Unit:
+    """A translation unit: the functions of kernels and tasks, equal ones once."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, str] = {}  # body -> name
+        self.parts: list[str] = []
+        self.names: set[str] = set()
+
+    def kernel(self, k: Kernel, parallel: bool) -> str:
+        """The name of a kernel's function."""
+        text = function(k, "@", parallel)
+        if text not in self.functions:
+            self.functions[text] = self.fresh(name_of(k) + "_shared" * parallel)
+            self.parts.append(text.replace("@", self.functions[text]))
+        return self.functions[text]
+
+    def fresh(self, wanted: str) -> str:
+        """A name that no function has."""
+        name, count = wanted, 1
+        while name in self.names:
+            count += 1
+            name = f"{wanted}_{count}"
+        self.names.add(name)
+        return name
+
+    def text(self) -> str:
+        """The whole source."""
+        return "\n".join([prelude(self.parts), *self.parts])
+
+
+class _Body:
+    """The statements of a prepared graph. `places` are pointers by node; `scratch` is where its buffers begin."""
+
+    def __init__(
+        self,
+        unit: _Unit,
+        graph: Graph,
+        inputs: Sequence[str],
+        outputs: Sequence[str | None],
+        parallel: bool,
+        indent: str,
+    ):
+        self.unit, self.graph, self.parallel, self.indent = unit, graph, parallel, indent
+        self.places: dict[Node, str] = dict(zip(graph.inputs, inputs, strict=True))
+        self.given = {n: p for n, p in zip(graph.outputs, outputs, strict=True) if p is not None}
+        self.memory, self.held = _Memory(), {}
+        self.unread: list[int] = []
+        self.lines: list[str] = []
+        self.taken: set[str] = set()
+        self.source = ""
+        self.task_bytes = 0
+
+    def emit(self, line: str) -> None:
+        self.lines.append(self.indent + line)
+
+    def run(self) -> None:
+        """Write all calls."""
+        last = self._last_reads()
+        for n in self.graph.nodes:
+            self._comment(n)
+            if n.target is kernel_op:
+                self._kernel(n)
+            elif n.target in PRODUCTS:
+                self._product(n)
+            elif n.target in MOVES:
+                self._move(n)
+            elif n.target is map_:
+                _Map(self, n).write()
+            elif n.target is scan:
+                _Scan(self, n).write()
+            for m in last.get(n, ()):
+                if m in self.held:
+                    self.memory.free(self.held.pop(m))
+            while self.unread:
+                self.memory.free(self.unread.pop())
+
+    def _last_reads(self) -> dict[Node, list[Node]]:
+        """For each call, the values that nobody reads after it."""
+        last: dict[Node, Node] = {}
+        for n in self.graph.nodes:
+            if not (is_free(n) or n.target is getitem):
+                last |= {m: n for x in n.all_input_nodes for m in [base(x)]}
+                last |= {m: n for m in self._results(n) if not any(u for u in m.users)}
+        kept, out = set(self.graph.outputs), {}
+        for m, n in last.items():
+            if m not in kept:
+                out.setdefault(n, []).append(m)
+        return out
+
+    def pointer(self, n: Node) -> str:
+        """Where a dense value or view begins."""
+        node, offset, _ = strides(n)
+        return self.places[node] + (f" + {offset}" if offset else "")
+
+    def _results(self, n: Node) -> list[Node]:
+        if isinstance(n.meta["val"], Val):
+            return [n]
+        found = {m.args[1]: m for m in n.users if m.target is getitem}
+        return [found[i] for i in sorted(found)]
+
+    def _comment(self, n: Node) -> None:
+        where = n.meta.get("source")
+        if where and where != self.source and not is_free(n) and n.target is not getitem:
+            self.source = where
+            self.emit(f"// {comment(source_line(where))}")
+
+    def place(self, n: Node) -> str:
+        """The pointer to a new value: an output, or a buffer."""
+        val = n.meta["val"]
+        name = self.local(n.name)
+        if n in self.given:
+            where = self.given[n]
+        else:
+            self.held[n] = self.memory.take(bytes_of(val))
+            where = f"({TYPES[val.dtype]}*)(scratch + {self.held[n]})"
+        self.emit(f"{TYPES[val.dtype]}* const {name} = {where};  // {list(val.shape)}")
+        self.places[n] = name
+        return name
+
+    def local(self, wanted: str) -> str:
+        """A name of its own."""
+        name, count = f"{wanted}_", 1
+        while name in self.taken:
+            count += 1
+            name = f"{wanted}_{count}_"
+        self.taken.add(name)
+        return name
+
+    def _kernel(self, n: Node) -> None:
+        k, *operands = n.args
+        ins = [self.places[x] for x in operands]
+        outs = self.outputs(n)
+        given, made = iter(ins), iter(outs)
+        args = [next(made if a.output else given) for a in k.args]
+        shared = self.parallel and is_large(k)
+        self.emit(f"{self.unit.kernel(k, shared)}({', '.join(args + ['threads'] * shared)});")
+
+    def outputs(self, n: Node) -> list[str]:
+        """Pointers for all results of a call, read or not."""
+        if isinstance(n.meta["val"], Val):
+            return [self.place(n)]
+        found = {m.args[1]: m for m in self._results(n)}
+        return [self.place(found[i]) if i in found else self._unread(v) for i, v in enumerate(n.meta["val"])]
+
+    def _unread(self, val: Val) -> str:
+        at = self.memory.take(bytes_of(val))
+        self.unread.append(at)
+        return _part(val, at)
+
+    def _product(self, n: Node) -> None:
+        x, y = n.args
+        (a, a_at, a_strides), (b, b_at, b_strides) = strides(x), strides(y)
+        rows, columns = n.meta["val"].shape[-2:]
+        way, k, t = form(x, y), x.meta["val"].shape[-1], TYPES[n.meta["val"].dtype]
+        (a_row, a_k), (b_k, b_column) = a_strides[-2:], b_strides[-2:]
+        c = self.place(n)
+        left, right = f"{self.places[a]} + {a_at}", f"{self.places[b]} + {b_at}"
+        left_step, right_step = (s[0] if len(s) == 3 else 0 for s in (a_strides, b_strides))
+        if columns == 1:
+            left, right, left_step, right_step = right, left, right_step, left_step
+            rows, columns, a_row, a_k, b_k, b_column = 1, rows, 0, b_k, a_k, a_row
+        kind = f"mm<{t}, {rows}, {columns}, {k}, {a_row}, {a_k}, {b_k}>"
+        if way == "dots":
+            kind = f"dots<{t}, {rows}, {columns}, {k}, {a_row}, {b_column}>"
+        if n.target is aten.bmm.default:
+            count, size = n.meta["val"].shape[0], rows * columns
+            self.emit(f"for (int64_t i = 0; i < {count}; i++)")
+            self.emit(f"  {kind}({c} + i * {size}, {left} + i * {left_step}, {right} + i * {right_step});")
+        else:
+            self.emit(f"{kind}({c}, {left.removesuffix(' + 0')}, {right.removesuffix(' + 0')});")
+
+    def _move(self, n: Node) -> None:
+        call = MOVES[n.target](*n.args, **n.kwargs)
+        sources = [self.pointer(x) for x in call.sources]
+        out, t = self.place(n), TYPES[n.meta["val"].dtype]
+        for line in call.lines:
+            self.emit(line.format(*sources, out=out, T=t))
+
+
+class _Map:
+    """A map as a function that runs its body once, and a loop that calls it."""
+
+    def __init__(self, outer: _Body, n: Node):
+        self.outer, self.unit, self.n = outer, outer.unit, n
+        self.body: Graph = n.args[0]
+        self.length: int = n.kwargs["length"]
+        self.sums = [kind == "sum" for kind in n.kwargs["outs"]]
+        bytes_ = sum(bytes_of(v) for v, s in zip(self.body.out_vals, self.sums, strict=True) if s)
+        self.blocks = min(self.length, max(1, min(BLOCKS, BLOCKS_BYTES // max(1, bytes_))))
+
+    def write(self) -> None:
+        """The function, and the loop."""
+        name, scratch = self._function()
+        outer, vals = self.outer, self.body.out_vals
+        outs = outer.outputs(self.n)
+        parts = [
+            outer.memory.take(self.blocks * bytes_of(v)) if s else None
+            for v, s in zip(vals, self.sums, strict=True)
+        ]
+        args = []
+        for x, mapped, inner in zip(self.n.args[1], self.n.kwargs["mapped"], self.body.in_vals, strict=True):
+            args.append(outer.pointer(x) + (f" + i * {numel(inner.shape)}" if mapped else ""))
+        for v, out, at in zip(vals, outs, parts, strict=True):
+            args.append(
+                f"{out} + i * {numel(v.shape)}" if at is None else _part(v, at, f"block * {numel(v.shape)}")
+            )
+        outer.task_bytes = max(outer.task_bytes, scratch)
+        count = self.length
+        outer.emit("#pragma omp parallel for num_threads(threads) schedule(dynamic)")
+        outer.emit(f"for (int64_t block = 0; block < {self.blocks}; block++)")
+        outer.emit(
+            f"  for (int64_t first = block * {count} / {self.blocks}, i = first; i < (block + 1) * {count} / {self.blocks}; i++)"
+        )
+        outer.emit(
+            f"    {name}({', '.join(args)}, i == first, bad, tasks + omp_get_thread_num() * task_bytes);"
+        )
+        for v, out, at in zip(vals, outs, parts, strict=True):
+            if at is not None:
+                outer.emit(f"sum_blocks({out}, {_part(v, at)}, {self.blocks}, {numel(v.shape)});")
+                outer.memory.free(at)
+
+    def _function(self) -> tuple[str, int]:
+        graph = prepare(self.body)
+        name = self.unit.fresh(f"task_{self.n.name}")
+        inputs = [f"x{i}_{n.name}" for i, n in enumerate(graph.inputs)]
+        vals = graph.out_vals
+        outputs = [f"out{i}" for i in range(len(vals))]
+        given = [None if s else o for s, o in zip(self.sums, outputs, strict=True)]
+        body = _Body(self.unit, graph, inputs, given, False, "  ")
+        body.run()
+        for n, v, s, o in zip(graph.outputs, vals, self.sums, outputs, strict=True):
+            if s:
+                body.emit(f"add_to({o}, {body.places[n]}, {numel(v.shape)}, first);")
+        params = [f"const {TYPES[v.dtype]}* {x}" for v, x in zip(graph.in_vals, inputs, strict=True)]
+        params += [f"{TYPES[v.dtype]}* {o}" for v, o in zip(vals, outputs, strict=True)]
+        head = f"static void {name}({', '.join(params)}, bool first, int64_t* bad, char* scratch) {{"
+        self.unit.parts.append("\n".join([head, *body.lines, "}"]) + "\n")
+        return name, -(-body.memory.size // 4096) * 4096 + 64
+
+
+class _Scan:
+    """A loop over steps. A carry is read in one buffer and written to another, the last one to where the result belongs."""
+
+    def __init__(self, outer: _Body, n: Node):
+        self.outer, self.n = outer, n
+        self.body, self.consts, self.carry, self.xs = n.args
+        self.length: int = n.kwargs["length"]
+
+    def write(self) -> None:
+        """The loop."""
+        outer, vals, count = self.outer, self.body.out_vals, len(self.carry)
+        outs = outer.outputs(self.n)
+        spare = [outer.memory.take(bytes_of(v)) for v in vals[:count]]
+        now, new, old = ([outer.local(f"{word}{i}") for i in range(count)] for word in ("now", "new", "old"))
+        for i, (x, v, out) in enumerate(zip(self.carry, vals, outs, strict=False)):
+            ways = (out, _part(v, spare[i]))
+            last, other = ways if self.length % 2 else reversed(ways)
+            t = TYPES[v.dtype]
+            outer.emit(f"const {t}* {now[i]} = {outer.pointer(x)};")
+            outer.emit(f"{t} *{new[i]} = {last}, *{old[i]} = {other};")
+        step = outer.local("step")
+        length, reverse = self.length, self.n.kwargs["reverse"]
+        way = f"{step} = {length}; {step}--;" if reverse else f"{step} = 0; {step} < {length}; {step}++"
+        outer.emit(f"for (int64_t {way}) {{")
+        self._step(step, now, new, outs[count:])
+        for i in range(count):
+            outer.emit(
+                f"  {now[i]} = {new[i]}, {new[i]} = {old[i]}, {old[i]} = ({TYPES[vals[i].dtype]}*){now[i]};"
+            )
+        outer.emit("}")
+        for at in spare:
+            outer.memory.free(at)
+
+    def _step(self, step: str, now: list[str], new: list[str], ys: list[str]) -> None:
+        """The body, with buffers in the same scratch memory."""
+        outer, count = self.outer, len(self.carry)
+        ins, outs = self.body.in_vals[len(self.consts) + count :], self.body.out_vals[count:]
+        inputs = [*map(outer.pointer, self.consts), *now]
+        inputs += [
+            f"{outer.pointer(x)} + {step} * {numel(v.shape)}" for x, v in zip(self.xs, ins, strict=True)
+        ]
+        outputs = [*new, *(f"{y} + {step} * {numel(v.shape)}" for y, v in zip(ys, outs, strict=True))]
+        inner = _Body(outer.unit, prepare(self.body), inputs, outputs, outer.parallel, outer.indent + "  ")
+        inner.memory, inner.taken, inner.lines = outer.memory, outer.taken, outer.lines
+        inner.run()
+
+
+def _part(v: Val, at: int, offset: str = "") -> str:
+    text = f"({TYPES[v.dtype]}*)(scratch + {at})"
+    return f"{text} + {offset}" if offset else text
+
+
+# ---- a program ----
+
+
+class Native:
+    """A compiled program: operands -> outputs."""
+
+    def __init__(self, name: str, graph: Graph):
+        self.name, self.graph = name, graph
+        self.vals: tuple[Val, ...] = tuple(graph.out_vals)
+        self.source, self.bytes, self.task_bytes = _source(graph)
+        self.entry: Callable | None = None
+        self._free: list[Tensor] = []
+
+    def compile(self) -> None:
+        """Compile it, or find it in the cache."""
+        self.entry = cxx.load(self.source).program
+
+    def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        operands = [
+            x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous() for x in operands
+        ]
+        outputs = [torch.empty(v.shape, dtype=v.dtype) for v in self.vals]
+        threads = _threads()
+        size = self.bytes + threads * self.task_bytes + 64
+        try:
+            scratch = self._free.pop()  # two threads never get the same
+        except IndexError:
+            scratch = None
+        if scratch is None or scratch.numel() < size:
+            scratch = torch.empty(size, dtype=torch.uint8)
+        pointers = [x.data_ptr() for x in operands]
+        pointers += [x.data_ptr() for x in outputs]
+        bad = (ctypes.c_int64 * 3)()
+        self.entry(
+            (ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_void_p(scratch.data_ptr()), threads, bad
+        )
+        if size <= KEPT:
+            self._free.append(scratch)
+        if bad[2]:
+            raise RuntimeError(f"index {bad[0]} is out of bounds for dimension {bad[1]} with size {bad[2]}")
+        return outputs
+
+    def describe(self) -> str:
+        """One line on what it holds."""
+        kinds = {map_: "tasks", scan: "steps"}
+        loops = [
+            f"a loop over {n.kwargs['length']} {kinds[n.target]}"
+            for n in self.graph.nodes
+            if n.target in kinds
+        ]
+        calls = sum(not is_free(n) and n.target is not getitem for n in self.graph.nodes) - len(loops)
+        return f"{self.name}: {', '.join([*loops, f'{calls} calls outside of loops'])} in C++"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads() -> int:
+    """How many threads a program uses: in a forked child one, since the pool of libgomp does not survive a fork."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _source(graph: Graph) -> tuple[str, int, int]:
+    """The translation unit of a graph, the bytes of its scratch memory, and those of each thread."""
+    unit, prepared = _Unit(), prepare(graph)
+    inputs = [f"in{i}_{n.name}" for i, n in enumerate(prepared.inputs)]
+    outputs = [f"out{i}" for i in range(len(prepared.outputs))]
+    body = _Body(unit, prepared, inputs, outputs, True, "  ")
+    body.run()
+    head = []
+    for i, (v, name) in enumerate(
+        zip([*prepared.in_vals, *prepared.out_vals], [*inputs, *outputs], strict=True)
+    ):
+        const = "const " if i < len(inputs) else ""
+        head.append(
+            f"  {const}{TYPES[v.dtype]}* const {name} = ({TYPES[v.dtype]}*)args[{i}];  // {list(v.shape)}"
+        )
+    task_bytes, size = body.task_bytes, -(-body.memory.size // 64) * 64
+    start = ["  scratch = (char*)((uintptr_t(scratch) + 63) & ~uintptr_t(63));", f"  char* const tasks = scratch + {size};",
+             f"  const int64_t task_bytes = {task_bytes};"]  # fmt: skip
+    text = [
+        'extern "C" void program(void** args, char* scratch, int threads, int64_t* bad) {',
+        *start,
+        *head,
+        *body.lines,
+        "}",
+    ]
+    return unit.text() + "\n" + "\n".join(text) + "\n", size, task_bytes
+
+
+def _native_vals(program: Native, *operands: Val) -> tuple[Val, ...]:
+    return program.vals
+
+
+OWN[native] = _native_vals

@@ -1,0 +1,581 @@
+"""The C++ backend: kernels, products, programs, what falls back and why, threads, and the cache of compiled objects."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+from cpp_kernels import compiled
+from kernel_cases import (
+    F32,
+    F64,
+    OPS,
+    OPS_BF16,
+    OPS_F64,
+    PATTERNS,
+    assert_equal,
+    graph_of,
+    inputs_of,
+    kernel_of,
+    random_case,
+    run,
+)
+
+import fxfunc
+from fxfunc.bench import registry
+from fxfunc.codegen import cpp, cxx, partition, tasks
+from fxfunc.codegen.fuse import fuse, kernels_of
+from fxfunc.codegen.loops import ELEMENTWISE
+from fxfunc.passes.errors import BackendError
+
+pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
+pytree = torch.utils._pytree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own for this file."""
+    before, os.environ["FXFUNC_CACHE"] = os.environ.get("FXFUNC_CACHE"), str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("FXFUNC_CACHE")
+    os.environ |= {} if before is None else {"FXFUNC_CACHE": before}
+
+
+def on_cpp(f, *args):
+    return fxfunc.jit(f).lower(*args).compile(backend="cpp")
+
+
+def assert_close(found, wanted, tol):
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol, equal_nan=True)
+
+
+# ---- kernels ----
+
+
+def test_every_operation_has_a_template():
+    assert ELEMENTWISE.keys() == cpp.TEMPLATES.keys()
+
+
+CASES = OPS + OPS_F64 + OPS_BF16
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """All of them in one translation unit."""
+    graphs = {c.name: graph_of(c) for c in CASES}
+    lowered = {name: kernel_of(g) for name, g in graphs.items()}
+    launchers = compiled([k for k, _ in lowered.values()])
+    return {
+        name: (graphs[name], lowered[name][1], run_) for name, run_ in zip(graphs, launchers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_kernel_equals_eager(case, kernels):
+    graph, operands, launch = kernels[case.name]
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        env = dict(zip(graph.inputs, inputs, strict=True))
+        assert_equal(launch([env[n] for n in operands], sizes), run(graph, inputs, sizes))
+
+
+GROUPS = PATTERNS + [random_case(s) for s in range(30)] + [random_case(s, F32) for s in range(10)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["serial", "parallel"])
+def groups(request):
+    fused = {c.name: fuse(graph_of(c)) for c in GROUPS}
+    every = list(dict.fromkeys(k for g in fused.values() for k in kernels_of(g)))
+    return fused, dict(zip(every, compiled(every, request.param), strict=True))
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=lambda c: c.name)
+def test_groups_equal_eager(case, groups):
+    fused, launchers = groups
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        found = run(fused[case.name], inputs, sizes, lambda k, xs, s: launchers[k](xs, s, 2))
+        assert_equal(found, run(graph_of(case), inputs, sizes), scale=20)
+
+
+# ---- products ----
+
+SIZES = [
+    (10, 40, 40),
+    (1, 40, 10),
+    (40, 1, 7),
+    (3, 7, 5),
+    (2, 3, 9),
+    (1, 1, 5),
+    (17, 23, 3),
+    (5, 8, 1),
+    (13, 66, 33),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_products_of_every_layout_equal_eager(size, dtype):
+    m, n, k = size
+    g = torch.Generator().manual_seed(0)
+    a, b, at, bt = (torch.randn(s, generator=g, dtype=dtype) for s in ((m, k), (k, n), (k, m), (n, k)))
+
+    def f(a, b, at, bt):
+        outs = [x @ y for x in (a, at.t()) for y in (b, bt.t())]
+        return [o * 2 for o in outs] + [torch.stack([a, at.t()]) @ torch.stack([b, bt.t()])]
+
+    assert_close(on_cpp(f, a, b, at, bt)(a, b, at, bt), f(a, b, at, bt), 1e-12 if dtype == F64 else 2e-5)
+
+
+# ---- programs ----
+
+
+@pytest.mark.parametrize("name", ["maml25", "hess", "jac", "lj", "hessb64[points=16]"])
+def test_workloads_equal_their_float64_reference(name):
+    w = registry.find(name)
+    inputs = pytree.tree_map(lambda x: x.double(), w.inputs(**w.parameters))
+    call = on_cpp(w.function(fxfunc), *inputs)
+    assert call._program.programs
+    assert_close(w.around(call)(*inputs), w.exact()(*inputs), 1e-10)
+
+
+def net(params, x):
+    w, v = params
+    return torch.tanh(x @ w).relu() @ v
+
+
+def data(tasks_=24, dtype=F64):
+    g = torch.Generator().manual_seed(1)
+    w, v = torch.randn(6, 40, generator=g, dtype=dtype), torch.randn(40, 3, generator=g, dtype=dtype)
+    return (w, v), torch.randn(tasks_, 50, 6, generator=g, dtype=dtype)
+
+
+def loss(params, x):
+    return (net(params, x) ** 2).mean()
+
+
+def derivatives(api):
+    each = (None, 0)
+    return {
+        "vmap": api.vmap(net, each),
+        "vmap(grad)": api.vmap(api.grad(loss), each),
+        "grad(vmap)": api.grad(lambda p, xs: api.vmap(loss, each)(p, xs).mean()),
+        "vmap(jvp)": api.vmap(lambda p, x: api.jvp(lambda y: net(p, y), (x,), (x,)), each),
+        "second order": api.grad(
+            lambda p, xs: api.vmap(lambda q, x: (api.grad(loss)(q, x)[0] ** 2).sum(), each)(p, xs).sum()
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", derivatives(torch.func))
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad], ids=["grad", "no_grad"])
+def test_derivatives_of_a_map_equal_torch_func(name, guard, monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    args = data()
+    with guard():
+        call = on_cpp(derivatives(fxfunc)[name], *args)
+        assert any("loop over" in p.describe() for p in call._program.programs)
+        assert_close(call(*args), derivatives(torch.func)[name](*args), 1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 130])
+def test_any_number_of_tasks(count, monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    args = data(count)
+    call = on_cpp(derivatives(fxfunc)["second order"], *args)
+    assert_close(call(*args), derivatives(torch.func)["second order"](*args), 1e-11)
+
+
+def test_no_task_at_all():
+    args = data(0)
+    assert on_cpp(derivatives(fxfunc)["vmap"], *args)(*args).shape == (0, 50, 3)
+
+
+def test_semantics_21_sums_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    args = data(130, F32)
+    call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
+    (source,) = (p.source for p in call._program.programs)
+    sums = [line for line in source.splitlines() if "block" in line and not line.startswith("#")]
+    assert sums and not any("threads" in line for line in sums)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(call(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+def test_inputs_that_are_not_contiguous_or_repeat_elements():
+    x, y = torch.randn(5, 7, dtype=F64).t(), torch.randn(1, 5, dtype=F64).expand(7, 5)
+
+    def f(x, y):
+        return (x * y).sin().sum(0) + x[0]
+
+    assert_close(on_cpp(f, x, y)(x, y), f(x, y), 1e-12)
+
+
+def test_nan_and_infinity_are_where_eager_has_them():
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.0])
+
+    def f(x):
+        return torch.maximum(x, -x).relu(), 1 / x, x.amax(0, True) - x, (x * 0).sum(), x.log().exp()
+
+    assert_close(on_cpp(f, x)(x), f(x), 1e-6)
+
+
+def test_outputs_are_inputs_views_and_the_same_value_twice():
+    x = torch.randn(4, 6, dtype=F64)
+
+    def f(x):
+        y = x.sin() * 2
+        return y, y.t(), x, y, (x + 1).sum()
+
+    assert_close(on_cpp(f, x)(x), f(x), 1e-12)
+
+
+def _child(call, args, results):
+    results.put(tasks._threads())
+    results.put([x.tolist() for x in call(*args)])
+
+
+def test_semantics_29_a_forked_child_runs_with_one_thread(monkeypatch):
+    """With two it would wait forever for a thread that was not forked."""
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    args = data(24)
+    call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
+    context = multiprocessing.get_context("fork")
+    results, before = context.Queue(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    if not tasks._forked:
+        call(*args)  # now there are threads that a fork leaves behind
+    child = context.Process(target=_child, args=(call, args, results), daemon=True)
+    try:
+        child.start()
+        assert results.get(timeout=60) == 1
+        assert results.get(timeout=60) == [x.tolist() for x in call(*args)]
+    finally:
+        child.kill()
+        torch.set_num_threads(before)
+
+
+def test_an_artifact_runs_on_the_eager_backend(tmp_path, monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    args = data()
+    call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
+    call.save(tmp_path / "f.fx")
+    loaded = fxfunc.load(tmp_path / "f.fx")
+    assert loaded.backend == "eager"
+    with torch.no_grad():
+        assert_close(loaded(*args), call(*args), 1e-12)
+
+
+# ---- loops of steps ----
+
+
+def _recurrent(w, x):
+    h, ys = torch.zeros_like(x[0]), []
+    for i in range(x.shape[0]):
+        h = torch.tanh(w @ h + x[i])
+        ys.append(h * h[0])
+    return torch.stack(ys), h
+
+
+def _two_carries(w, x):
+    a, b = x[0], x[1]
+    for i in range(x.shape[0]):
+        a, b = b, (a + w @ b).sin() * x[i]
+    return a, b, (a * b).sum()
+
+
+def _adam(w, x):
+    p, m, v = w, torch.zeros_like(w), torch.zeros_like(w)
+    for i in range(x.shape[0]):
+        g = 2 * (p @ x[i])[:, None] * x[i]
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        p = p - 0.1 * m / (v.sqrt() + 1e-3)
+    return p
+
+
+def nestings(api):
+    return {
+        "forward": lambda f, w, x: f(w, x),
+        "grad": lambda f, w, x: api.grad(_total(f), (0, 1))(w, x),
+        "second order": lambda f, w, x: api.grad(lambda w: (api.grad(_total(f))(w, x) ** 2).sum())(w),
+        "jvp": lambda f, w, x: api.jvp(lambda w: f(w, x), (w,), (w,)),
+        "vmap(grad)": lambda f, w, x: api.vmap(api.grad(_total(f)), (None, 0))(
+            w, torch.stack([x, -x, x * x])
+        ),
+    }
+
+
+def _total(f):
+    return lambda *args: sum((y * y).sum() for y in pytree.tree_leaves(f(*args)))
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize("name", nestings(torch.func))
+@pytest.mark.parametrize("f", [_recurrent, _two_carries, _adam], ids=lambda f: f.__name__)
+def test_a_loop_of_steps_equals_torch_func(f, name, steps, monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(4, 4, generator=g, dtype=F64) / 2, torch.randn(steps, 4, generator=g, dtype=F64)
+    call = on_cpp(lambda w, x: nestings(fxfunc)[name](f, w, x), w, x)
+    assert "steps" in call.explain() or "tasks" in call.explain()
+    assert_close(call(w, x), nestings(torch.func)[name](f, w, x), 1e-10)
+
+
+# ---- calls that move values, and calls taken apart ----
+
+MOVED = {
+    "cat": lambda x, i: torch.cat([x, x.exp(), x[:, :2]], 1) * 2,
+    "cat_0": lambda x, i: torch.cat([x.sin(), x[1:]]),
+    "stack": lambda x, i: torch.stack([x, x.t().contiguous().t(), x * 2], 1).sum(0),
+    "stack_last": lambda x, i: torch.stack([x, x * 2], -1),
+    "slice_scatter_by_two": lambda x, i: torch.slice_scatter(x.sin(), x[:, :2] * 2, 1, 0, 4, 2),
+    "diagonal_scatter": lambda x, i: torch.diagonal_scatter(x.sin(), x[0, :3] * 2, 1),
+    "pad": lambda x, i: torch.nn.functional.pad(x.sin(), (1, 2, 0, 3), value=2.5) * 2,
+    "unbind": lambda x, i: sum(a * k for k, a in enumerate(x.unbind(1))),
+    "slice_scatter": lambda x, i: torch.slice_scatter(x.sin(), x[:, 1:3] * 2, 1, 1, 3),
+    "slice_scatter_from_the_end": lambda x, i: torch.slice_scatter(x.sin(), x[1:] * 2, 0, -2),
+    "select_scatter": lambda x, i: torch.select_scatter(x.sin(), x[:, 0] * 2, 1, -1),
+    "gather": lambda x, i: x.sin().gather(1, i) * 2,
+    "scatter_add": lambda x, i: x.sin().scatter_add(1, i, x[:, :2] + 1) * 2,
+    "gather_0": lambda x, i: (x * 2).gather(0, torch.zeros_like(x[:1], dtype=torch.int64)),
+    "diagonal": lambda x, i: x[:, :3].diagonal(1).sin() * 2,
+    "trace": lambda x, i: x[:, :3].trace() * 2,
+    "softmax": lambda x, i: x.softmax(1) * 2,
+    "log_softmax": lambda x, i: x.log_softmax(0) + 1,
+    "cross_entropy": lambda x, i: -x.log_softmax(1).gather(1, i[:, :1]).mean() * 2,
+    "layer_norm": lambda x, i: torch.nn.functional.layer_norm(x, (4,), x[0], x[1]) * 2,
+    "norm": lambda x, i: x.norm(dim=1) * 2,
+    "var": lambda x, i: x.var(1) + x.std(0).sum(),
+    "logsumexp": lambda x, i: x.logsumexp(1) * 2,
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "vmap(grad)"])
+def test_what_no_kernel_computes_alone_is_in_the_program(name, mapped, monkeypatch):
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    g = torch.Generator().manual_seed(0)
+    x, i = torch.randn(5, 3, 4, generator=g, dtype=F64), torch.randint(0, 4, (5, 3, 2), generator=g)
+    f = MOVED[name]
+    scalar = lambda x, i: f(x, i).square().sum()
+    if mapped:  # by hand, for torch.func maps slice_scatter from the end wrongly
+        ours, wanted = (
+            fxfunc.vmap(fxfunc.grad(scalar)),
+            torch.stack([torch.func.grad(scalar)(*xi) for xi in zip(x, i, strict=True)]),
+        )
+    else:
+        x, i, ours, wanted = x[0], i[0], f, f(x[0], i[0])
+    call = on_cpp(ours, x, i)
+    assert len(call._program.programs) == 1 and "runs in ATen" not in call.explain()
+    assert ("a loop over 5 tasks" in call.explain()) == mapped
+    assert_close(call(x, i), wanted, 1e-11)
+
+
+@pytest.mark.parametrize("bad", [4, -1])
+@pytest.mark.parametrize("name", ["gather", "scatter_add"])
+def test_an_index_out_of_range_raises_as_in_eager(name, bad):
+    x, i = torch.randn(3, 4, dtype=F64), torch.tensor([[0, 1], [3, 2], [0, 0]])
+    call = on_cpp(MOVED[name], x, i)
+    i[1, 1] = bad
+    said = f"index {bad} is out of bounds for dimension 1 with size 4"
+    for f in (MOVED[name], call):
+        with pytest.raises(RuntimeError, match=said):
+            f(x, i)
+    i[1, 1] = 0
+    assert_close(call(x, i), MOVED[name](x, i), 1e-12)
+
+
+# ---- one value, one result ----
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, torch.inf, -torch.inf, torch.nan, 1e-40, 80.0, -80.0, 1e4, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_semantics_20_a_value_has_the_same_bits_in_every_lane_and_alone(dtype):
+    x = torch.cat([torch.tensor(SPECIAL, dtype=dtype), torch.randn(64 - len(SPECIAL), dtype=dtype)])
+    names = [n for n in cxx.VECTORS if n not in cxx.PAIRS]
+    f = lambda x: [*(getattr(torch, n)(x) * 1 for n in names), torch.atan2(x, x + 1) * 1, x.abs().pow(x) * 1]
+    whole = on_cpp(f, x)(x)
+    for n in (1, 2, 3, 5, 7, 9, 13):
+        for start in (0, 1, 4, 51):
+            part = x[start : start + n].clone()
+            for a, b in zip(on_cpp(f, part)(part), whole, strict=True):
+                b = b[start : start + n]
+                assert torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)), (n, start)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_semantics_20_arithmetic_has_the_bits_of_aten(dtype):
+    x, y, z = torch.randn(3, 1001, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    f = lambda x, y, z: [x * y + z, (x - y * z) * x, x / y - z]
+    for a, b in zip(on_cpp(f, x, y, z)(x, y, z), f(x, y, z), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("columns", [3, 16, 37])
+def test_a_maximum_is_found_again(columns):
+    x = torch.randn(50, columns)
+
+    def f(x):
+        y = x.exp().tanh()
+        return (y == y.amax(1, True)).sum(1), (y == y.amax(0)).sum(0)
+
+    for counts in on_cpp(f, x)(x):
+        assert (counts >= 1).all()
+
+
+# ---- what is not C++ ----
+
+
+def test_what_cannot_be_lowered_is_named_and_runs_in_aten(caplog):
+    x = torch.randn(4, 9, dtype=F64)
+
+    def f(x):
+        return (x.sin() * 2).cumsum(1).cos() + 1
+
+    with caplog.at_level(logging.INFO, "fxfunc"):
+        call = on_cpp(f, x)
+    assert_close(call(x), f(x), 1e-12)
+    assert "aten.cumsum" in call.explain() and "no loop-IR rule" in call.explain()
+    assert "aten.cumsum" in caplog.text
+    assert "test_cpp.py" in call.explain()
+
+
+def test_a_map_with_such_a_call_is_batched_and_says_so():
+    x = torch.randn(30, 9, dtype=F64)
+    call = on_cpp(fxfunc.vmap(lambda y: (y.sin().cumsum(0) * y).sum()), x)
+    assert "a map of 30 is batched: aten.cumsum" in call.explain()
+    assert_close(call(x), (x.sin().cumsum(1) * x).sum(1), 1e-12)
+
+
+def test_integer_division_stays_where_a_zero_raises():
+    x, y = torch.tensor([7, -7]), torch.tensor([2, 0])
+    call = on_cpp(lambda x, y: (x * 2) // y + 1, x, y)
+    assert "may be zero" in call.explain()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        call(x, y)
+
+
+def test_symbolic_sizes_are_named():
+    x = torch.randn(5, 3, dtype=F64)
+    call = (
+        fxfunc.jit(lambda x: x.sin() * 2).lower(fxfunc.spec(x, {0: fxfunc.Dim("n")})).compile(backend="cpp")
+    )
+    assert "symbolic sizes" in call.explain()
+    assert_close(call(x), x.sin() * 2, 0)
+
+
+def test_the_target_is_the_cpu():
+    with pytest.raises(BackendError, match="no such target"):
+        fxfunc.jit(torch.sin).lower(torch.ones(3)).compile(backend="cpp", target="cuda:90")
+
+
+# ---- source ----
+
+
+def test_source_reads_like_the_graph(tmp_path):
+    x = torch.randn(6, 5)
+    text = on_cpp(lambda x: (x.sin() * 2).sum(0), x)._program.programs[0].source
+    assert "// test_cpp.py:" in text and "const float sin_2 = sinf(" in text or "const float sin" in text
+
+
+@pytest.mark.parametrize("line", ["x = 1 \\", "/* */ #define", "??/", "é\x00\n"])
+def test_a_comment_is_one_line(line):
+    assert not cpp.comment(line).endswith("\\") and "\n" not in cpp.comment(line)
+
+
+# ---- compiler and cache ----
+
+SOURCE = 'extern "C" int answer() { return %d; }\n'
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXFUNC_CACHE", str(tmp_path))
+    cxx._load.cache_clear()
+    yield tmp_path / "cpp"
+    cxx._load.cache_clear()
+
+
+def script(path, text):
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_no_compiler_is_said(own_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(BackendError, match="no C\\+\\+ compiler"):
+        cxx.load(SOURCE % 1)
+
+
+def test_an_error_names_the_log_and_leaves_nothing_half_written(own_cache):
+    with pytest.raises(BackendError, match=r"failed with 1: .*error.*; see .*\.log"):
+        cxx.load("int main( {")
+    assert [p.suffix for p in own_cache.iterdir()] == [".log"]
+    assert "int main( {" in next(own_cache.iterdir()).read_text()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("kill -9 $$", "killed by signal 9"), ("echo x > /dev/full", "failed"), ("exit 0", "failed")],
+)
+def test_a_compiler_that_dies(how, said, own_cache, monkeypatch):
+    own_cache.mkdir(parents=True)
+    monkeypatch.setenv(
+        "CXX", script(own_cache.parent / "broken", f'[ "$1" = --version ] && echo 1 && exit 0\n{how}\n')
+    )
+    with pytest.raises(BackendError, match=said):
+        cxx.load(SOURCE % 2)
+    assert not list(own_cache.glob("*.so")) and not list(own_cache.glob("build-*"))
+
+
+def test_an_object_is_compiled_once(own_cache, monkeypatch):
+    assert cxx.load(SOURCE % 3).answer() == 3
+    cxx._load.cache_clear()
+    monkeypatch.setattr(cxx, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert cxx.load(SOURCE % 3).answer() == 3
+
+
+def test_another_compiler_has_objects_of_its_own(own_cache, monkeypatch):
+    cxx.load(SOURCE % 4)
+    real = shutil.which("g++")
+    if real is None:
+        pytest.skip("no g++")
+    monkeypatch.setenv("CXX", script(own_cache.parent / "other", f'exec {real} "$@"\n'))
+    cxx.load(SOURCE % 4)
+    assert len(list(own_cache.glob("*.so"))) == 2
+
+
+def test_the_oldest_objects_go_first(own_cache, monkeypatch):
+    for i in (10, 11, 12):
+        cxx.load(SOURCE % i)
+    files = sorted(own_cache.glob("*.so"), key=lambda p: p.stat().st_mtime_ns)
+    for age, p in enumerate(reversed(files)):
+        os.utime(p, (1000 - age, 1000 - age))
+    monkeypatch.setattr(cxx, "LIMIT", sum(p.stat().st_size for p in files))
+    cxx.load(SOURCE % 13)
+    assert [p.exists() for p in files] == [False, True, True]
+
+
+def _load_in_process(i):
+    return cxx.load(SOURCE % 77).answer()
+
+
+def test_processes_compile_the_same_source_at_once(own_cache):
+    with multiprocessing.get_context("fork").Pool(16) as pool:
+        assert pool.map(_load_in_process, range(16), chunksize=1) == [77] * 16
+    assert len(list(own_cache.iterdir())) == 1
