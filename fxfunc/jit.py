@@ -278,7 +278,7 @@ class Lowered:
 
     @no_collection()
     def compile(self, backend: str | None = None, target: str | None = None) -> Compiled:
-        """Compile for a backend ("eager", "cpp", "triton"; None picks eager or triton by device) and target ("cpu", "cuda:80", "cuda:90").
+        """Compile for a backend ("eager", "cpp", "triton"; None: eager or triton, by device) and target ("cpu", "cuda:90").
 
         Raises BackendError naming what the backend cannot take.
         """
