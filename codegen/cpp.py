@@ -39,7 +39,8 @@ _KEYWORDS = (
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
     "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR at_least at_most Lanes part "
-    "joined HIDDEN put gather scatter_add in_range bad"
+    "joined HIDDEN put gather scatter_add in_range bad "
+    "turn turn_block BLOCKS"
 ).split()
 _LIBM = (
     "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc floor "
@@ -312,10 +313,13 @@ class _Function:
         return sorted(needed)
 
     def _by_columns(self) -> bool:
-        """True if lanes along the grid read memory in order, and lanes along the tile would not."""
-        loads = [x for x in self.k.body if isinstance(x, Load) and any(s != 0 for s in x.index.tile)]
-        grid = sum(x.index.grid[-1] == 1 for x in loads)
-        tile = sum(bool(x.index.tile) and x.index.tile[-1] == 1 for x in loads)
+        """True if lanes along the grid move memory in order, and lanes along the tile would not."""
+        moved = [
+            x.index for x in self.k.body if isinstance(x, (Load, Store)) and any(s != 0 for s in x.index.tile)
+        ]
+        whole = [x for x in moved if x.grid[-1] != 0]  # the others are read again at each point of the grid
+        grid = sum(x.grid[-1] == 1 for x in whole or moved)
+        tile = sum(x.tile[-1] == 1 for x in whole or moved)
         return self.k.grid[-1] != 1 and grid > tile
 
     # -- instructions --

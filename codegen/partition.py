@@ -32,6 +32,7 @@ from fxfunc.passes.graph import (
     substitute,
 )
 from fxfunc.passes.merge import merge_maps
+from fxfunc.passes.orient import orient
 from fxfunc.passes.pipeline import for_aten, simplify
 from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.simplify import SIMPLIFY
@@ -97,7 +98,7 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
         return tuple(b.inline(_one_map(args, kwargs), list(args[1]), None))
 
     out = b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
-    return affine(_simpler(expand(_lower_rest(out))))
+    return affine(oriented(_simpler(expand(_lower_rest(out)))))
 
 
 def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict) -> tuple[Value, ...]:
@@ -175,7 +176,17 @@ def _simpler(graph: Graph) -> Graph:
 
 def _flat(body: Graph) -> Graph:
     """A body with its own maps batched."""
-    return affine(_simpler(expand(dce(batched(body)))))
+    return affine(oriented(_simpler(expand(dce(batched(body))))))
+
+
+def oriented(graph: Graph) -> Graph:
+    """The graph and the bodies of its loops with products in the layout they are read in."""
+    b = Builder(None)
+
+    def call(op: Op, args: tuple, kwargs: dict):
+        return b.emit(op, (oriented(args[0]), *args[1:]) if op in (map_, scan) else args, kwargs)
+
+    return b.finish(b.inline(orient(graph), [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
 def _why_batched(body: Graph, length: object) -> str | None:

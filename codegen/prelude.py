@@ -273,6 +273,45 @@ static inline void scatter_add(T* __restrict out, const int64_t* __restrict inde
       }
 }
 
+// out[R, C] from x[C, R], whose rows are STEP apart; whole blocks of vectors in registers.
+#if defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
+#define BLOCKS 1
+#else
+#define BLOCKS 0
+#endif
+template <class T, int W>
+static inline __attribute__((always_inline)) void turn_block(T* out, int64_t columns, const T* x, int64_t step) {
+  typedef typename Lanes<T, W>::vec vec;
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type I;
+  typedef I mask __attribute__((vector_size(W * sizeof(T))));
+  vec a[W], b[W];
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i++) a[i] = load<vec>(x + i * step);
+#pragma GCC unroll 3
+  for (int half = W / 2; half > 0; half /= 2) {  // swaps the halves of pairs of vectors, then their halves
+    mask low, high;
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i++) low[i] = i & half ? i - half + W : i, high[i] = i & half ? i + W : i + half;
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i++)
+      b[i] = i & half ? __builtin_shuffle(a[i - half], a[i], high) : __builtin_shuffle(a[i], a[i + half], low);
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i++) a[i] = b[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i++) memcpy(out + i * columns, &a[i], sizeof(vec));
+}
+template <class T, int R, int C, int64_t STEP>
+static __attribute__((noinline)) void turn(T* __restrict out, const T* __restrict x) {
+  constexpr int W = 32 / sizeof(T), rows = BLOCKS ? R / W * W : 0, columns = BLOCKS ? C / W * W : 0;
+#if BLOCKS
+  for (int i = 0; i < rows; i += W)
+    for (int j = 0; j < columns; j += W) turn_block<T, W>(out + i * C + j, C, x + j * STEP + i, STEP);
+#endif
+  for (int i = 0; i < R; i++)
+    for (int j = i < rows ? columns : 0; j < C; j++) out[i * C + j] = x[j * STEP + i];
+}
+
 // ---- sums over the tasks: each block of tasks in order, then the blocks in order ----
 template <class T> static inline void add_to(T* __restrict sum, const T* __restrict x, int64_t n, bool first) {
   if (first) memcpy(sum, x, n * sizeof(T));

@@ -19,6 +19,7 @@ from fxfunc.passes.graph import (
     map_,
     scan,
 )
+from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
 from . import moves
@@ -106,6 +107,10 @@ def product_work(n: Node) -> int:
 
 # ---- preparing a graph ----
 
+# turned(x): a copy of transposed matrices in their own order.
+turned = Op("turned")
+OWN[turned] = lambda val: val
+
 
 def prepare(graph: Graph) -> Graph:
     """The graph with products as the prelude takes them, each output a value of its own, and the rest as kernels."""
@@ -154,6 +159,8 @@ class Copies:
         return self.made[x.node]
 
     def _copy(self, x: Value) -> Value:
+        if is_turned(x.node):
+            return self.b.emit(turned, (x,))
         out = self.b.emit(aten._to_copy.default, (x,), {"dtype": x.dtype})
         if x.node.target not in VIEWS or lowers(out.node) is None:
             return out
@@ -196,6 +203,14 @@ def strides(node: Node) -> tuple[Node, int, tuple[int, ...]] | None:
     if node.op == "call_function" and is_constant(node) or any(c < 0 for c in flat.coefs):
         return None
     return node, flat.offset, flat.coefs
+
+
+def is_turned(node: Node) -> bool:
+    """True for matrices that lie in memory as their transposes do."""
+    val, found = node.meta["val"], strides(node)
+    if found is None or val.ndim not in (2, 3) or val.dtype not in (torch.float32, torch.float64):
+        return False
+    return min(val.shape[-2:]) > 1 and found[2][-2] == 1 and found[2][-1] >= val.shape[-2]
 
 
 def dense(node: Node) -> bool:

@@ -38,7 +38,7 @@ from .loops import kernel as kernel_op
 from .lower import base, is_free
 from .moves import MOVES
 from .prelude import prelude
-from .prepare import form, prepare, strides
+from .prepare import form, prepare, strides, turned
 from .triton import source_line
 
 aten = torch.ops.aten
@@ -146,6 +146,8 @@ class _Body:
                 self._product(n)
             elif n.target in MOVES:
                 self._move(n)
+            elif n.target is turned:
+                self._turned(n)
             elif n.target is map_:
                 _Map(self, n).write()
             elif n.target is scan:
@@ -250,6 +252,15 @@ class _Body:
             self.emit(f"  {kind}({c} + i * {size}, {left} + i * {left_step}, {right} + i * {right_step});")
         else:
             self.emit(f"{kind}({c}, {left.removesuffix(' + 0')}, {right.removesuffix(' + 0')});")
+
+    def _turned(self, n: Node) -> None:
+        node, offset, (*batch, _, step) = strides(n.args[0])
+        *counts, rows, columns = n.meta["val"].shape
+        out, source = self.place(n), f"{self.places[node]} + {offset}"
+        for count, size in zip(counts, batch, strict=True):
+            self.emit(f"for (int64_t i = 0; i < {count}; i++)")
+            out, source = f"  {out} + i * {rows * columns}", f"{source} + i * {size}"
+        self.emit(f"turn<{TYPES[n.meta['val'].dtype]}, {rows}, {columns}, {step}>({out}, {source});")
 
     def _move(self, n: Node) -> None:
         call = MOVES[n.target](*n.args, **n.kwargs)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .graph import Graph, cone, extract, is_random, reached
 from .jvp import Jvp
-from .record import Builder, Value
+from .record import Builder, Value, aten
 from .simplify import SIMPLIFY
 from .transpose import transpose
 
@@ -43,28 +43,32 @@ def linearize(graph: Graph, nonzero: tuple[bool, ...], *, reverse: bool) -> Line
     linear_nodes = reached(b.fx.nodes, given)
     live_tangents = [t for t in out_tangents if t is not None]
     needed = cone([t.node for t in live_tangents], set(b.fx.nodes) - linear_nodes)
-    free = _free(needed, linear_nodes)
-    residuals = _residuals(needed, linear_nodes, free)
+    residuals = _residuals(needed, linear_nodes)
     draws = [n for n in b.fx.nodes if n not in linear_nodes and is_random(n)]
     primal = extract([p.node for p in primals], [o and o.node for o in outs] + residuals, draws)
     linear = extract(residuals + given, [t.node for t in live_tangents])
     return Linearized(primal, linear, len(outs), tuple(t is not None for t in out_tangents))
 
 
-def _free(needed, linear_nodes) -> set[Node]:
-    """Primal calls without inputs (constants): repeated in the linear graph, never residuals."""
-    return {
-        m
-        for n in needed
-        for m in n.all_input_nodes
-        if m not in linear_nodes and m.op == "call_function" and not m.all_input_nodes and not is_random(m)
-    }
+def _residuals(needed, linear_nodes) -> list[Node]:
+    """Primal nodes that the linear program is given, each once, in a fixed order: what it reads, or what that is a view of.
+
+    Views and calls without inputs (constants) are repeated in the linear graph: a matrix and its transpose are one residual.
+    """
+    read = {_owner(m) for n in needed for m in n.all_input_nodes if m not in linear_nodes}
+    return sorted(m for m in read if m.op == "placeholder" or m.all_input_nodes or is_random(m))
 
 
-def _residuals(needed, linear_nodes, free) -> list[Node]:
-    """Primal nodes that the linear program reads, each once, in a fixed order."""
-    found = {m for n in needed for m in n.all_input_nodes if m not in linear_nodes and m not in free}
-    return sorted(found)
+def _owner(n: Node) -> Node:
+    """What has all elements of a value; a reshape of a view may be a copy, and is no view."""
+    while n.target in _VIEWS or (n.target in _RESHAPES and n.args[0].target not in _VIEWS):
+        n = n.args[0]
+    return n
+
+
+_VIEWS = {aten.permute.default, aten.t.default, aten.transpose.int, aten.expand.default}
+_RESHAPES = {aten.reshape.default, aten.view.default, aten.unsqueeze.default,
+             aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}  # fmt: skip
 
 
 def vjp(
