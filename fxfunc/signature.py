@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 from torch.utils import _pytree as pytree
@@ -39,9 +41,11 @@ class Signature:
 
     def tensors(self, args, kwargs) -> list[torch.Tensor]:
         """The tensors of a call. Raises StructureMismatch; symbolic sizes must agree among themselves."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self.in_spec:
-            raise self._mismatch(f"the arguments have the structure {spec}, not {self.in_spec}")
+        leaves: list = []
+        if self._read is None or not self._read((args, kwargs), leaves):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self.in_spec:
+                raise self._mismatch(f"the arguments have the structure {spec}, not {self.in_spec}")
         for x, expected in zip(leaves, self.in_leaves, strict=True):
             if expected is not TENSOR and (type(x) is not type(expected) or x != expected):
                 raise self._mismatch(f"a plain argument is {x!r}, the function was compiled for {expected!r}")
@@ -50,11 +54,16 @@ class Signature:
         for i, (x, v) in enumerate(zip(tensors, self.in_vals, strict=True)):
             if not isinstance(x, torch.Tensor):
                 raise self._mismatch(f"tensor argument {i} is a {type(x).__name__}, not {v}")
-            if x.dtype != v.dtype or x.device != v.device or not _fits(x.shape, v.shape, sizes):
+            same = x.shape == v.shape or _fits(x.shape, v.shape, sizes)
+            if not same or x.dtype != v.dtype or x.device != v.device:
                 raise self._mismatch(
                     f"tensor argument {i} is {Val(tuple(x.shape), x.dtype, x.device)}, not {v}"
                 )
         return resolved(tensors)
+
+    @functools.cached_property
+    def _read(self) -> Callable[[object, list], bool] | None:
+        return _reader(self.in_spec)
 
     def outputs(self, tensors: list):
         """The result made of these tensors."""
@@ -65,6 +74,33 @@ class Signature:
 
     def _mismatch(self, what: str) -> errors.StructureMismatch:
         return errors.StructureMismatch(what=what, expected=", ".join(map(str, self.in_vals)))
+
+
+def _reader(spec: pytree.TreeSpec) -> Callable[[object, list], bool] | None:
+    """A function that appends the leaves of a value to a list, or says that it has another structure: what tree_flatten does,
+    without making a structure to compare. None for a structure with other nodes than tuples, lists and dicts."""
+    if spec.is_leaf():
+        return _read_leaf
+    children = [_reader(child) for child in spec.children()]
+    if spec.type not in (tuple, list, dict) or None in children:
+        return None
+    kind, count, keys = spec.type, len(children), spec.context
+
+    def read(x: object, leaves: list) -> bool:
+        if type(x) is not kind or len(x) != count:
+            return False
+        if kind is dict:
+            if list(x) != keys:
+                return False
+            x = x.values()
+        return all(child(y, leaves) for child, y in zip(children, x, strict=True))
+
+    return read
+
+
+def _read_leaf(x: object, leaves: list) -> bool:
+    leaves.append(x)
+    return type(x) not in pytree.SUPPORTED_NODES
 
 
 def _fits(shape, expected, sizes: dict[str, int]) -> bool:
