@@ -48,7 +48,9 @@ log = logging.getLogger("fxfunc")
 
 SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
 LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
-LARGE_TASK_PRODUCT = 2**24  # and inside
+LARGE_TASK_PRODUCT = 2**22  # and inside
+# A matrix of so many bytes that all tasks read, each for a few rows, is read once by a batched product.
+SHARED_BYTES, FEW_ROWS = 2**17, 16
 BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
 FOLDED = 2**20  # bytes of a constant that is computed once
 
@@ -91,7 +93,7 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
         if op is not map_:
             return b.emit(op, args, kwargs)
         body = _flat(args[0])
-        why = _why_batched(body, kwargs["length"])
+        why = _why_batched(body, kwargs["length"], kwargs["mapped"])
         if why is None:
             return _in_blocks(b, body, args[1], kwargs)
         notes.append(f"a map of {kwargs['length']} is batched: {why}")
@@ -189,9 +191,24 @@ def oriented(graph: Graph) -> Graph:
     return b.finish(b.inline(orient(graph), [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
-def _why_batched(body: Graph, length: object) -> str | None:
-    why = _why_no_loop(body, length)
-    return "little work" if why is None and work(body) * length < SMALL_MAP else why
+def _why_batched(body: Graph, length: object, mapped: Sequence[bool]) -> str | None:
+    if (why := _why_no_loop(body, length)) is not None:
+        return why
+    if work(body) * length < SMALL_MAP:
+        return "little work"
+    shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
+    large = next((n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)), None)
+    return large and f"{_named(large)}: every task would read all of a large matrix"
+
+
+def _streams(n: Node, shared: set[Node]) -> bool:
+    """True for a product of few rows with a matrix that is no task's own and does not stay in cache."""
+    x, y = n.args
+    rows, columns = n.meta["val"].shape[-2:]
+    return any(
+        base(m) in shared and count < FEW_ROWS and bytes_of(m.meta["val"]) > SHARED_BYTES
+        for m, count in ((x, columns), (y, rows))
+    )
 
 
 def _why_no_loop(body: Graph, length: object) -> str | None:

@@ -134,6 +134,42 @@ def test_products_of_every_layout_equal_eager(size, dtype):
     assert_close(on_cpp(f, a, b, at, bt)(a, b, at, bt), f(a, b, at, bt), 1e-12 if dtype == F64 else 2e-5)
 
 
+@pytest.mark.parametrize("size", [(40, 40), (10, 40), (3, 5), (17, 9), (1, 7), (33, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_transposed_values_are_copied_right(size, dtype):
+    x = torch.randn(*size, dtype=dtype)
+
+    def f(x):
+        y = torch.stack([x.sin(), x * 2])
+        return y.mT @ y[:, :, :3], y.mT.reshape(-1)[1::2] * 2, (x.exp().t() @ x).t()
+
+    assert_close(on_cpp(f, x)(x), f(x), 1e-12 if dtype == F64 else 1e-4)
+
+
+def test_column_sums_have_lanes_along_the_columns():
+    """Also where what is read along the sum alone, once for each column, lies in order."""
+    x, y = torch.randn(10, 40, dtype=F64), torch.randn(10, 1, dtype=F64)
+
+    def f(x, y):
+        z = x * y
+        return z, z.sum(0)
+
+    call = on_cpp(f, x, y)
+    (source,) = (p.source for p in call._program.programs)
+    kernel = source[source.index("void k_mul_sum") : source.index('extern "C" void program')]
+    assert "const int64_t g0 = block + lane" in kernel
+    assert_close(call(x, y), f(x, y), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_large_matrix_that_all_tasks_read_for_few_rows_is_read_once(rows):
+    w, x = torch.randn(300, 300, dtype=F32), torch.randn(30, rows, 300, dtype=F32)
+    f = lambda api: lambda w, x: api.vmap(lambda w, x: (x @ w).tanh(), (None, 0))(w, x)
+    call = on_cpp(f(fxfunc), w, x)
+    assert ("read all of a large matrix" in call.explain()) == (rows == 1)
+    assert_close(call(w, x), f(torch.func)(w, x), 1e-4)
+
+
 # ---- programs ----
 
 

@@ -1206,3 +1206,21 @@ def test_other_threads_are_not_part_of_a_capture():
             done.set()
 
     in_threads(2, work)
+
+
+def test_a_compiled_call_takes_the_structure_it_was_made_for():
+    f = lambda d, xs: d["a"] * xs[0] + xs[1]["b"]
+    d, xs = {"a": X, "c": 2.0}, [X, {"b": W}]
+    call = fxfunc.jit(f).lower(d, xs).compile()
+    same(call(d, xs), f(d, xs))
+    same(call(dict(d), list(xs)), f(d, xs))
+    others = [
+        ({"c": 2.0, "a": X}, xs), ({"a": X}, xs), ({"a": X, "c": 3.0}, xs), ({"a": X, "c": 2}, xs), ({"a": [X], "c": 2.0}, xs),
+        (collections.OrderedDict(d), xs), (d, tuple(xs)), (d, [X, {"b": 1.0}]), (d, [X, [W]]), (d, [X]), (d,), (d, xs, X),
+        (d, [X[:2], {"b": W}]), (d, [X.float(), {"b": W}]),
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(errors.StructureMismatch):
+            call(*other)
+    with pytest.raises(errors.StructureMismatch):
+        call(d, xs=xs)

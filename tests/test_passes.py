@@ -10,6 +10,7 @@ import torch
 import fxfunc
 from fxfunc.passes import dims, errors
 from fxfunc.passes.graph import Graph
+from fxfunc.passes.linearize import linearize
 from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.verify import verify
 
@@ -240,3 +241,25 @@ def test_a_compiled_function_does_not_depend_on_the_default_dtype_of_its_caller(
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x.sin().exp() * x.sin().exp().t()).sum() * x.sin().exp().sum(),
+        lambda x: x.sin().exp() * x.sin().exp().reshape(9)[:, None, None].expand(9, 3, 3),
+        lambda x: x.sin().exp()[None] @ x.sin().exp().unsqueeze(0).mT,
+    ],
+    ids=["transpose", "expand", "unsqueeze"],
+)
+def test_a_view_is_no_residual_beside_what_it_views(f):
+    cut = linearize(fxfunc.make_graph(f)(torch.rand(3, 3)), (True,), reverse=True)
+    shapes = [n.meta["val"].shape for n in cut.primal.outputs[cut.count :]]
+    assert shapes.count((3, 3)) <= 2 and set(shapes) <= {(3, 3), ()}
+
+
+def test_a_reshape_that_copies_is_kept():
+    """Of a transposed value: it would be copied once more."""
+    graph = fxfunc.make_graph(lambda x: x.exp().t().reshape(9) * x.sin().reshape(9))(torch.rand(3, 3))
+    cut = linearize(graph, (True,), reverse=True)
+    assert [n.meta["val"].shape for n in cut.primal.outputs[cut.count :]].count((9,)) >= 1
