@@ -84,6 +84,7 @@ def test_fxfunc_gives_the_float64_reference(name):
     assert error(ours(found, inputs), exact) <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_jax_gives_the_float64_reference(name):
     jax = pytest.importorskip("jax")

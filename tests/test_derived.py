@@ -229,6 +229,7 @@ def test_prims_have_no_derivative_rather_than_a_zero_one(op):
             transform(draw(3).tanh())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[2]])
 def test_second_derivatives_are_the_same_in_every_order_of_modes(name):
     """torch.func's own are not: its forward formulas read factorisations whose derivative it calls zero."""

@@ -59,6 +59,7 @@ def test_tasks_label_support_and_query_alike(images):
             assert [class_of[tuple(p.tolist())] for p in x] == classes[t][y].tolist()
 
 
+@pytest.mark.slow
 def test_loss_curve_is_that_of_torch_func():
     ours = digits.loss_curve(fxfunc.jit(digits.make_meta_step(fxfunc)), seed=3, steps=50)
     theirs = digits.loss_curve(digits.make_meta_step(torch.func), seed=3, steps=50)

@@ -19,7 +19,12 @@ BY_NAME = {c.name: c for c in CASES}
 assert len(BY_NAME) == len(CASES), "two cases of one name"
 
 
-@pytest.mark.parametrize("check", CHECKS)
+LONG = ("vjp_vjp", "vmap_jvp")  # what jvp_vjp and vmap_vjp find in the default suite, the other way round
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CHECKS]
+)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_rule(name, check):
     run(BY_NAME[name], check, SIZES[0])

@@ -113,6 +113,7 @@ def test_first_derivative_by_finite_differences(name):
     assert gradcheck(fxfunc.jit(f), [a.clone().requires_grad_() for a in args])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivative_by_finite_differences(name):
     f, args = CASES[name]

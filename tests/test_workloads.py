@@ -286,6 +286,7 @@ def test_a_workload_agrees_with_torch_func_in_float32(workload):
     assert_float32_error_is_small(ours(*single), theirs(*single), theirs(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_gradcheck_and_gradgradcheck_of_a_workload(workload):
     f, inputs, free = made(workload, fxfunc)
