@@ -23,7 +23,8 @@ from fxfunc.passes import errors
 # No -ffast-math. Without traps too, g++ makes float(int(x)) trunc(x), which keeps NaN and -0; with them, what it sinks into the
 # branch of a choice is never a vector again.
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-tree-sink", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")  # fmt: skip
+         "-fno-tree-sink", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC", "-w",
+         *os.environ.get("FXFUNC_CXXFLAGS", "").split())  # fmt: skip
 LIMIT = 512 * 2**20  # bytes of objects kept
 _lock = threading.Lock()
 

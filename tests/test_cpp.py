@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -605,6 +607,24 @@ def test_the_oldest_objects_go_first(own_cache, monkeypatch):
     monkeypatch.setattr(cxx, "LIMIT", sum(p.stat().st_size for p in files))
     cxx.load(SOURCE % 13)
     assert [p.exists() for p in files] == [False, True, True]
+
+
+@pytest.mark.skipif(
+    "-fsanitize" not in " ".join(cxx.FLAGS), reason="only scripts/test --all asks for sanitizers"
+)
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("x[4] = 1;", "AddressSanitizer"), ("((volatile int*)x)[0] << 40;", "runtime error")],
+    ids=["memory", "undefined"],
+)
+def test_a_sanitizer_sees_a_fault(line, said):
+    source = f'extern "C" void fault(int* x) {{ {line} }}\n'
+    program = (
+        "import ctypes, torch\nfrom fxfunc.codegen import cxx\nx = torch.zeros(4, dtype=torch.int32)\n"
+        f"cxx.load({source!r}).fault(ctypes.c_void_p(x.data_ptr()))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode and said in run.stderr
 
 
 def _load_in_process(i):
