@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -319,7 +320,8 @@ def is_random(p: Problem, op) -> bool:
 
 
 def first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
+    """Type and first words; without the place, whose length would decide how many."""
+    lines = re.sub(r" ?\(at [^)]*\)", "", str(problem)).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0][:160] if lines else ''}"
 
 
