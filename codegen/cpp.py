@@ -39,7 +39,7 @@ _KEYWORDS = (
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
     "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR at_least at_most Lanes part "
-    "joined HIDDEN put gather scatter_add in_range bad "
+    "joined HIDDEN put gather scatter_add indexed in_range bad "
     "turn turn_block BLOCKS"
 ).split()
 _LIBM = (

@@ -279,11 +279,16 @@ class _Writer:
         for x, inner in zip(carry, state, strict=True):
             self.lines.append(f"{indent}{self.name(inner)} = {self.names[x]}")
         ys, stores, cells = [], [], {}
+        listed = _lists(n)
         for i, v in enumerate(body.out_vals[len(carry) :], len(carry)):
-            listed = i in _lists(n)
-            ys.append(self.list(indent) if listed else self.output(v, n.kwargs["length"], indent))
-            stores.append(f"{ys[-1]}.append" if listed else f"{self.fresh('cell')}.copy_")
-            cells |= {} if listed else {stores[-1].removesuffix(".copy_"): ys[-1]}
+            if i in listed:
+                ys.append(self.list(indent))
+                stores.append(f"{ys[-1]}.append")
+            else:
+                ys.append(self.output(v, n.kwargs["length"], indent))
+                cell = self.fresh("cell")
+                stores.append(f"{cell}.copy_")
+                cells[cell] = ys[-1]
         self.header(n, [*zip(xs, steps, strict=True)], cells, indent)
         self.body(body, state, steps, stores, cells, indent + "    ")
         if n.kwargs["reverse"]:

@@ -254,23 +254,23 @@ static inline int64_t in_range(int64_t index, int64_t dim, int64_t size, int64_t
   __atomic_store_n(bad + 2, size, __ATOMIC_RELAXED);
   return 0;
 }
-template <class T, int64_t OUTER, int64_t SIZE, int64_t N, int64_t INNER, int DIM>
-static inline void gather(T* __restrict out, const T* __restrict x, const int64_t* __restrict index, int64_t* bad) {
+// f(place in the index, place in what it indexes) for every element of an index.
+template <int64_t OUTER, int64_t SIZE, int64_t N, int64_t INNER, int DIM, class F>
+static inline __attribute__((always_inline)) void indexed(const int64_t* index, int64_t* bad, F f) {
   for (int64_t o = 0; o < OUTER; o++)
     for (int64_t k = 0; k < N; k++)
       for (int64_t i = 0; i < INNER; i++) {
-        const int64_t at = (o * N + k) * INNER + i, from = in_range(index[at], DIM, SIZE, bad);
-        out[at] = x[(o * SIZE + from) * INNER + i];
+        const int64_t at = (o * N + k) * INNER + i;
+        f(at, (o * SIZE + in_range(index[at], DIM, SIZE, bad)) * INNER + i);
       }
 }
 template <class T, int64_t OUTER, int64_t SIZE, int64_t N, int64_t INNER, int DIM>
+static inline void gather(T* __restrict out, const T* __restrict x, const int64_t* __restrict index, int64_t* bad) {
+  indexed<OUTER, SIZE, N, INNER, DIM>(index, bad, [=](int64_t at, int64_t from) { out[at] = x[from]; });
+}
+template <class T, int64_t OUTER, int64_t SIZE, int64_t N, int64_t INNER, int DIM>
 static inline void scatter_add(T* __restrict out, const int64_t* __restrict index, const T* __restrict x, int64_t* bad) {
-  for (int64_t o = 0; o < OUTER; o++)
-    for (int64_t k = 0; k < N; k++)
-      for (int64_t i = 0; i < INNER; i++) {
-        const int64_t at = (o * N + k) * INNER + i, to = in_range(index[at], DIM, SIZE, bad);
-        out[(o * SIZE + to) * INNER + i] = out[(o * SIZE + to) * INNER + i] + x[at];
-      }
+  indexed<OUTER, SIZE, N, INNER, DIM>(index, bad, [=](int64_t at, int64_t to) { out[to] = out[to] + x[at]; });
 }
 
 // out[R, C] from x[C, R], whose rows are STEP apart; whole blocks of vectors in registers.

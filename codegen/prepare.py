@@ -5,8 +5,6 @@ Calls become kernels of the loop IR, products and moves; what they read is a den
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch.fx import Node
 
@@ -31,7 +29,6 @@ from .lower import DTYPES, is_constant, is_free, is_fusable, lower
 from .moves import MOVES
 
 aten = torch.ops.aten
-log = logging.getLogger("fxfunc")
 
 # ---- what can be lowered ----
 

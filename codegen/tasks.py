@@ -196,7 +196,7 @@ class _Body:
             where = self.given[n]
         else:
             self.held[n] = self.memory.take(bytes_of(val))
-            where = f"({TYPES[val.dtype]}*)(scratch + {self.held[n]})"
+            where = _part(val, self.held[n])
         self.emit(f"{TYPES[val.dtype]}* const {name} = {where};  // {list(val.shape)}")
         self.places[n] = name
         return name

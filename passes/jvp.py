@@ -61,16 +61,15 @@ class Jvp:
         from .decompose import decomposition, expand
         from .rules.derived import jvp_of
 
-        missing = errors.MissingRule(op=op, rule="jvp", source=self.b.source)
         if is_random(op):
-            raise missing
+            raise errors.MissingRule(op=op, rule="jvp", source=self.b.source)
         graph = expand(op, args, kwargs)
         if graph is None:
             if (found := jvp_of(self, op, args, kwargs, duals)) is not None:
                 return found
             graph = decomposition(op, args, kwargs)
         if graph is None:
-            raise missing
+            raise errors.MissingRule(op=op, rule="jvp", source=self.b.source)
         outs = self.b.inline(graph, duals, self.call)
         return (
             outs[0]
