@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import fxfunc
@@ -406,6 +407,22 @@ HANDED = {
     "closure of jit": lambda t: fxfunc.jit(lambda x: torch.sin(t) * x)(X),
     "no_grad": lambda t: torch.no_grad()(fxfunc.grad(lambda x: (torch.sin(t) * x).sum()))(X),
 }
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("handed", HANDED)
+def test_distributed_tensors_are_refused_by_name(mesh, handed):
+    with pytest.raises(errors.NotSupported, match="DTensor") as caught:
+        HANDED[handed](distribute_tensor(X, mesh))
+    assert "test_inside.py" in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
