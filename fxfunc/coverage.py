@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from fxfunc.passes.functionalize import CANONICAL
 from fxfunc.passes.graph import is_random
 from fxfunc.passes.rules import ROWS
+from fxfunc.passes.spellings import CANONICAL
 
 COLUMNS = ("jvp", "transpose", "batch")
 
