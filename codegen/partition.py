@@ -18,6 +18,7 @@ from fxfunc.passes.batch import lower as batched
 from fxfunc.passes.dce import dce
 from fxfunc.passes.decompose import tensors_in
 from fxfunc.passes.dims import Dim, numel
+from fxfunc.passes.draws import draws_first
 from fxfunc.passes.dump import saw, saw_source
 from fxfunc.passes.graph import (
     Graph,
@@ -67,7 +68,7 @@ class Built:
 def build(graph: Graph) -> Built:
     """The graph with all that can be C++ in `native` nodes; nothing is compiled yet."""
     notes: list[str] = []
-    graph = _opened(merge_maps(dce(graph)), notes)
+    graph = _opened(merge_maps(dce(draws_first(graph))), notes)
     graph = saw("tasks", dce(_folded(graph)))
     return _Partition(graph, notes).built()
 
