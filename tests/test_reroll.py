@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 import fxfunc
+from fxfunc.bench import registry
 from fxfunc.passes import config
 from fxfunc.passes.graph import scan, subgraphs
 from fxfunc.passes.reroll import reroll
@@ -411,6 +412,19 @@ def test_semantics_16_a_loop_is_the_scan_that_one_would_write(name):
     assert len(scans(rolled)) == len(scans(by_hand))
     assert [n.kwargs["length"] for n in scans(rolled)] == [n.kwargs["length"] for n in scans(by_hand)]
     assert len(rolled) <= 1.1 * len(by_hand)
+
+
+@pytest.mark.parametrize("steps", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_meta_gradient_does_not_grow_with_its_inner_steps(steps):
+    workload = registry.find("maml25")
+
+    def made(steps):
+        size = workload.parameters | {"steps": steps}
+        return fxfunc.jit(workload.make(fxfunc, **size)).lower(*workload.inputs(**size))
+
+    few, many = made(5), made(steps)
+    assert len(many.graph) == len(few.graph)
+    assert len(many.compile(backend="eager").graph) == len(few.compile(backend="eager").graph)
 
 
 LONG = ("second order", "forward over reverse", "grad of all")
