@@ -38,9 +38,8 @@ _KEYWORDS = (
 ).split()
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
-    "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR at_least at_most Lanes part "
-    "joined HIDDEN put gather scatter_add indexed in_range bad "
-    "turn turn_block BLOCKS"
+    "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR SUMS at_least at_most "
+    "Lanes part joined HIDDEN total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block BLOCKS"
 ).split()
 _LIBM = (
     "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc floor "

@@ -143,7 +143,7 @@ template <class V, class T> static inline V load(const T* p) {
 template <class V, class T> static inline V splat(T x) {
   V v;
   if constexpr (std::is_arithmetic<V>::value) v = x;
-  else for (unsigned i = 0; i < sizeof(V) / sizeof(T); i++) v[i] = x;
+  else v = x - V{};  // all of x's bits; element by element, g++ writes a masked broadcast each
   return v;
 }
 // Part `i` of a vector, and a vector of two parts.
@@ -163,11 +163,11 @@ template <class W, class V> static inline W joined(V a, V b) {
 constexpr int at_least(int a, int b) { return a > b ? a : b; }
 constexpr int at_most(int a, int b) { return a < b ? a : b; }
 #ifdef __AVX512F__
-constexpr int VECTOR = 64;
+constexpr int VECTOR = 64, SUMS = 24;  // bytes, and how many vectors of sums are in registers beside their operands
 #elif defined(__AVX__)
-constexpr int VECTOR = 32;
+constexpr int VECTOR = 32, SUMS = 12;
 #else
-constexpr int VECTOR = 16;
+constexpr int VECTOR = 16, SUMS = 12;
 #endif
 template <class T> constexpr int width(int n) {
   int w = VECTOR / sizeof(T);
@@ -205,7 +205,7 @@ static inline __attribute__((always_inline)) void tile(T* __restrict c, const T*
 }
 template <class T, int W, int V, int M, int N, int K, int64_t AR, int64_t AC, int64_t BR>
 static inline __attribute__((always_inline)) void rows(T* __restrict c, const T* a, const T* b, int first) {
-  constexpr int most = at_least(1, at_most(8, 12 / V)), groups = (M + most - 1) / most, R = (M + groups - 1) / groups;
+  constexpr int most = at_least(1, at_most(8, SUMS / V)), groups = (M + most - 1) / most, R = (M + groups - 1) / groups;
   for (int i = 0; i + R <= M; i += R) tile<T, W, R, V, N, K, AR, AC, BR>(c + i * N, a + i * AR, b, first);
   constexpr int rest = M % R, start = M - rest;
   if constexpr (rest > 0) tile<T, W, rest, V, N, K, AR, AC, BR>(c + start * N, a + start * AR, b, first);
@@ -219,27 +219,32 @@ static __attribute__((noinline)) void mm(T* __restrict c, const T* a, const T* b
   constexpr int rest = vectors % V;
   if constexpr (rest > 0) rows<T, W, rest, M, N, K, AR, AC, BR>(c, a, b, vectors - rest);
 }
+// The sum of a vector's lanes and of the products of the K elements behind those in it: halves are added until one is left,
+// each with half as many of the rest.
+template <class T, int W, int K>
+static inline __attribute__((always_inline)) T total(typename Lanes<T, W>::vec sum, const T* a, const T* b) {
+  if constexpr (W == 1) {
+    return sum;
+  } else {
+    typedef typename Lanes<T, W / 2>::vec half;
+    half x = part<half>(sum, 0) + part<half>(sum, 1);
+    constexpr int more = K >= W / 2 ? W / 2 : 0;
+    if constexpr (more > 0) x = fma_(load<half>(a), load<half>(b), x);
+    return total<T, W / 2, K - more>(x, a + more, b + more);
+  }
+}
 // c[M, N] = a b', a[i, k] = a[i * AR + k], b[j, k] = b[j * BC + k]: dot products, lanes along k.
 template <class T, int M, int N, int K, int64_t AR, int64_t BC>
 static __attribute__((noinline)) void dots(T* __restrict c, const T* a, const T* b) {
   constexpr int W = width<T>(K), whole = K / W * W;
   typedef typename Lanes<T, W>::vec vec;
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j += 4) {
-      const int count = at_most(4, N - j);
-      vec sum[4] = {};
-      for (int k = 0; k < whole; k += W) {
-        const vec x = load<vec>(a + i * AR + k);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) sum[v] = fma_(x, load<vec>(b + (j + (v < count ? v : 0)) * BC + k), sum[v]);
-      }
-      for (int v = 0; v < count; v++) {
-        T x[W];
-        memcpy(x, &sum[v], sizeof x);
-        T total = fold<W>(x, [](T p, T q) -> T { return p + q; });
-        for (int k = whole; k < K; k++) total = fma_(a[i * AR + k], b[(j + v) * BC + k], total);
-        c[i * N + j + v] = total;
-      }
+    for (int j = 0; j < N; j++) {
+      vec sum = {};
+#pragma GCC unroll 8
+      for (int k = 0; k < whole; k += W) sum = fma_(load<vec>(a + i * AR + k), load<vec>(b + j * BC + k), sum);
+      c[i * N + j] = total<T, W, K - whole>(sum, a + i * AR + whole, b + j * BC + whole);
     }
 }
 
@@ -279,34 +284,34 @@ static inline void scatter_add(T* __restrict out, const int64_t* __restrict inde
 #else
 #define BLOCKS 0
 #endif
-template <class T, int W>
-static inline __attribute__((always_inline)) void turn_block(T* out, int64_t columns, const T* x, int64_t step) {
+template <int... i> struct Ints {};
+// In each pair of vectors that are HALF apart, the halves of HALF lanes that are not in their place swapped.
+template <int HALF, class I, class V, int... i>
+static inline __attribute__((always_inline)) void swap_halves(V* a, Ints<i...>) {
+  constexpr int W = sizeof...(i);
+  typedef I mask __attribute__((vector_size(W * sizeof(I))));
+  constexpr mask low = {I(i & HALF ? i - HALF + W : i)...}, high = {I(i & HALF ? i + W : i + HALF)...};
+  const V b[W] = {(i & HALF ? __builtin_shuffle(a[i - (i & HALF)], a[i], high) : __builtin_shuffle(a[i], a[i | HALF], low))...};
+  ((a[i] = b[i]), ...);
+}
+template <class T, int... i>
+static inline __attribute__((always_inline)) void turn_block(T* out, int64_t columns, const T* x, int64_t step, Ints<i...> all) {
+  constexpr int W = sizeof...(i);
   typedef typename Lanes<T, W>::vec vec;
   typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type I;
-  typedef I mask __attribute__((vector_size(W * sizeof(T))));
-  vec a[W], b[W];
-#pragma GCC unroll 8
-  for (int i = 0; i < W; i++) a[i] = load<vec>(x + i * step);
-#pragma GCC unroll 3
-  for (int half = W / 2; half > 0; half /= 2) {  // swaps the halves of pairs of vectors, then their halves
-    mask low, high;
-#pragma GCC unroll 8
-    for (int i = 0; i < W; i++) low[i] = i & half ? i - half + W : i, high[i] = i & half ? i + W : i + half;
-#pragma GCC unroll 8
-    for (int i = 0; i < W; i++)
-      b[i] = i & half ? __builtin_shuffle(a[i - half], a[i], high) : __builtin_shuffle(a[i], a[i + half], low);
-#pragma GCC unroll 8
-    for (int i = 0; i < W; i++) a[i] = b[i];
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < W; i++) memcpy(out + i * columns, &a[i], sizeof(vec));
+  vec a[W] = {load<vec>(x + i * step)...};
+  if constexpr (W == 8) swap_halves<4, I>(a, all);
+  swap_halves<2, I>(a, all);
+  swap_halves<1, I>(a, all);
+  (memcpy(out + i * columns, &a[i], sizeof(vec)), ...);
 }
 template <class T, int R, int C, int64_t STEP>
 static __attribute__((noinline)) void turn(T* __restrict out, const T* __restrict x) {
   constexpr int W = 32 / sizeof(T), rows = BLOCKS ? R / W * W : 0, columns = BLOCKS ? C / W * W : 0;
 #if BLOCKS
+  typedef typename std::conditional<sizeof(T) == 4, Ints<0, 1, 2, 3, 4, 5, 6, 7>, Ints<0, 1, 2, 3>>::type block;
   for (int i = 0; i < rows; i += W)
-    for (int j = 0; j < columns; j += W) turn_block<T, W>(out + i * C + j, C, x + j * STEP + i, STEP);
+    for (int j = 0; j < columns; j += W) turn_block(out + i * C + j, C, x + j * STEP + i, STEP, block());
 #endif
   for (int i = 0; i < R; i++)
     for (int j = i < rows ? columns : 0; j < C; j++) out[i * C + j] = x[j * STEP + i];
