@@ -92,13 +92,17 @@ def _stack(n: Node) -> Stack | None:
 
 def _outer(n: Node) -> Stack | None:
     shapes, shape = [_val(x).shape for x in n.args], _val(n).shape
-    if any(len(s) != len(shape) or _val(x).dtype != _val(n).dtype for s, x in zip(shapes, n.args, strict=True)):
+    if any(
+        len(s) != len(shape) or _val(x).dtype != _val(n).dtype for s, x in zip(shapes, n.args, strict=True)
+    ):
         return None
     shared = [i for i, (s, t) in enumerate(zip(*shapes, strict=True)) if not _is_one(s) and not _is_one(t)]
     if len(shared) != 1:
         return None
     rows, columns = (numel(shape[i] for i in axes) for axes in _own_axes(n, shared[0]))
-    return None if _is_one(rows) or _is_one(columns) else Stack(n, shared[0], shape[shared[0]], 1, rows, columns)
+    return (
+        None if _is_one(rows) or _is_one(columns) else Stack(n, shared[0], shape[shared[0]], 1, rows, columns)
+    )
 
 
 def _own_axes(n: Node, shared: int) -> tuple[list[int], list[int]]:
@@ -126,7 +130,9 @@ class Part:
 
     stack: Stack
     axis: int  # of the samples
-    views: tuple[tuple[Node, int, int], ...] = ()  # from the stack to here: the view, and the axis before and after it
+    views: tuple[
+        tuple[Node, int, int], ...
+    ] = ()  # from the stack to here: the view, and the axis before and after it
     scales: tuple[tuple[Callable, object], ...] = ()  # (mul or div, what by)
     square: bool = False
 

@@ -145,6 +145,42 @@ def test_a_product_that_is_read_transposed_is_made_so(f, left, batched):
     torch.testing.assert_close(fxfunc.jit(f)(x), f(x))
 
 
+MANY, ONE = (3, 64, 96), (96, 48)  # matrices [3, 64, 96], of which each has a large product with one [96, 48]
+
+
+@pytest.mark.parametrize(
+    "f, shapes, left",
+    [
+        (lambda a, b: (a @ b).relu(), (MANY, ONE), ["mm", "relu"]),  # rows of all matrices together: no copy
+        (lambda a, b: (a.mT @ b).relu(), ((3, 96, 64), ONE), ["bmm", "relu"]),
+        (lambda a, b: (b.mT @ a.mT).relu(), (MANY, ONE), ["bmm", "relu"]),
+        (lambda a, b: (b @ a).relu(), ((3, 96, 64), (48, 96)), ["bmm", "relu"]),
+        (lambda a, b: b.mT @ a.mT + a[:1, :1], (MANY, ONE), ["baddbmm"]),
+        (lambda a, b: (b.mT @ a.mT).relu(), ((3, 8, 96), ONE), ["mm", "relu"]),  # small products
+        (lambda a, b: ((p := a @ b).mT.relu(), p.sin()), (MANY, ONE), ["mm", "relu", "sin"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_a_large_product_of_one_matrix_with_many_copies_none_of_them(f, shapes, left, backend):
+    f, args = fxfunc.vmap(f, (0, None)), [torch.randn(s, dtype=torch.float64) for s in shapes]
+    found = [op.split(".")[0] for op in ops(f, *args, backend=for_aten)]
+    assert [op for op in found if op not in ("reshape", "permute", "expand", "slice")] == left
+    ours = fxfunc.jit(f).lower(*args).compile(backend=backend)(*args)
+    torch.testing.assert_close(ours, f(*args))
+
+
+def test_derivatives_of_one_matrix_with_many_are_those_of_torch():
+    def loss(api):
+        one = lambda a, b: torch.tanh(b.mT @ a.mT).square().sum()
+        total = lambda a, b: api.vmap(one, (0, None))(a, b).sum()
+        first = api.grad(total, argnums=(0, 1))
+        second = api.grad(lambda a, b: sum(g.sin().sum() for g in first(a, b)), argnums=(0, 1))
+        return lambda a, b: (first(a, b), second(a, b), api.jvp(first, (a, b), (a.sin(), b.cos())))
+
+    args = [torch.randn(s, dtype=torch.float64) / 5 for s in (MANY, ONE)]
+    torch.testing.assert_close(fxfunc.jit(loss(fxfunc))(*args), loss(torch.func)(*args))
+
+
 def test_peephole_keeps_a_product_that_somebody_else_reads():
     f = lambda a: ((p := a @ a) + a, p.sin())
     assert ops(f, S, backend=for_aten).count("mm.default") == 1
