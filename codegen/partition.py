@@ -101,7 +101,10 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
         return tuple(b.inline(_one_map(args, kwargs), list(args[1]), None))
 
     out = b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
-    return affine(oriented(_simpler(inside(ghost, _simpler(expand(_lower_rest(out)))))))
+    whole = _simpler(
+        dce(_lower_rest(out))
+    )  # products with `eye` leave their loops, and go before it is taken apart
+    return affine(oriented(_simpler(inside(ghost, _simpler(expand(whole))))))
 
 
 def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict) -> tuple[Value, ...]:

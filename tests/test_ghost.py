@@ -212,11 +212,13 @@ TRANSFORMED = {
     "as it is": lambda api: private(api),
     "grad": lambda api: api.grad(weighed(api)),
     "jvp": lambda api: lambda p, x, y: api.jvp(lambda x: private(api)(p, x, y), (x,), (y @ y.mT @ x,)),
-    "vmap": lambda api: lambda p, x, y: api.vmap(private(api), (None, 0, None))(
-        p, torch.stack([x, x.sin()]), y
+    "vmap": lambda api: (
+        lambda p, x, y: api.vmap(private(api), (None, 0, None))(p, torch.stack([x, x.sin()]), y)
     ),
-    "vmap of grad": lambda api: lambda p, x, y: api.vmap(api.grad(weighed(api), argnums=1), (None, 0, None))(
-        p, torch.stack([x, x.sin()]), y
+    "vmap of grad": lambda api: (
+        lambda p, x, y: api.vmap(api.grad(weighed(api), argnums=1), (None, 0, None))(
+            p, torch.stack([x, x.sin()]), y
+        )
     ),
     "grad of grad": lambda api: api.grad(
         lambda p, x, y: api.grad(weighed(api), argnums=1)(p, x, y).square().sum(), argnums=2
@@ -261,7 +263,9 @@ def test_the_workloads_have_their_float64_answer(workload, backend):
     w = registry.find(workload)
     args = w.inputs(**w.parameters)
     ours = fxfunc.jit(w.function(fxfunc)).lower(*args).compile(backend=backend)(*args)
-    wide = [torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, a) for a in args]
+    wide = [
+        torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, a) for a in args
+    ]
     for x, y in zip(*map(torch.utils._pytree.tree_leaves, (ours, w.exact()(*wide))), strict=True):
         assert error(x, y) < 1e-6
 
