@@ -20,6 +20,7 @@ from fxfunc.passes.decompose import tensors_in
 from fxfunc.passes.dims import Dim, numel
 from fxfunc.passes.draws import draws_first
 from fxfunc.passes.dump import saw, saw_source
+from fxfunc.passes.ghost import ghost
 from fxfunc.passes.graph import (
     Graph,
     Op,
@@ -34,7 +35,7 @@ from fxfunc.passes.graph import (
 )
 from fxfunc.passes.merge import merge_maps
 from fxfunc.passes.orient import orient
-from fxfunc.passes.pipeline import for_aten, simplify
+from fxfunc.passes.pipeline import for_aten, inside, simplify
 from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.simplify import SIMPLIFY
 
@@ -101,7 +102,10 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
         return tuple(b.inline(_one_map(args, kwargs), list(args[1]), None))
 
     out = b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
-    return affine(oriented(_simpler(expand(_lower_rest(out)))))
+    whole = _simpler(
+        dce(_lower_rest(out))
+    )  # products with `eye` leave their loops, and go before it is taken apart
+    return affine(oriented(_simpler(inside(ghost, _simpler(expand(whole))))))
 
 
 def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict) -> tuple[Value, ...]:

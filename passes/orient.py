@@ -5,27 +5,90 @@ A transposed product costs nothing until something needs it dense, and then a co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch.fx import Node
 
-from .graph import Graph
-from .record import Builder, aten
+from .dims import Dim
+from .graph import Graph, Val
+from .record import Builder, Value, aten
 
 PRODUCTS = (aten.mm.default, aten.bmm.default)
+LARGE = 2**18  # multiplications from which a product of a batch is no slower by itself
+
+Env = dict[Node, object]
 
 
 def orient(graph: Graph) -> Graph:
-    """The graph with (a @ b)^T as b^T @ a^T, where nobody reads a @ b itself."""
-    b = Builder({})
-    env: dict[Node, object] = {n: b.input(n.meta["val"], n.name) for n in graph.inputs}
+    """The graph with (a @ b)^T as b^T @ a^T, where nobody reads a @ b itself, and products of one matrix with many as a batch."""
+    return _turned(_apart(graph))
+
+
+def _turned(graph: Graph) -> Graph:
     turned = {n.args[0] for n in graph.nodes if _is_transpose(n) and _only_for(n, graph)}
+
+    def row(n: Node, env: Env, b: Builder) -> Value | None:
+        if not _is_transpose(n) or n.args[0] not in turned:
+            return None
+        left, right = n.args[0].args
+        return b.emit(n.args[0].target, (_transposed(right, env), _transposed(left, env)), {})
+
+    return _with(graph, row, turned)
+
+
+def _apart(graph: Graph) -> Graph:
+    """One product of all matrices of a batch, read by matrix, as a batched product where that saves a transposed copy."""
+    found = {n: many for n in graph.nodes if (many := _many(n, graph)) is not None}
+
+    def row(n: Node, env: Env, b: Builder) -> Value | None:
+        if n not in found:
+            return None
+        many, one = found[n]
+        count = _val(many).shape[0]
+        if _is_transpose(n):
+            left = _transposed(one, env)
+            return b.emit(aten.bmm.default, (left.expand(count, *left.shape), _transposed(many, env)), {})
+        right = env[one]
+        return b.emit(aten.bmm.default, (env[many], right.expand(count, *right.shape)), {})
+
+    return _with(graph, row, set())
+
+
+def _with(graph: Graph, row: Callable[[Node, Env, Builder], Value | None], without: set[Node]) -> Graph:
+    """The graph with a call as `row` has it, where it is not None, and without some calls."""
+    b = Builder({})
+    env: Env = {n: b.input(n.meta["val"], n.name) for n in graph.inputs}
     for n in graph.nodes:
-        if _is_transpose(n) and n.args[0] in turned:
-            left, right = n.args[0].args
-            with b.at(n, "orient"):
-                env[n] = b.emit(n.args[0].target, (_transposed(right, env), _transposed(left, env)), {})
-        elif n not in turned:
+        with b.at(n, "orient"):
+            out = row(n, env, b)
+        if out is not None:
+            env[n] = out
+        elif n not in without:
             b.run([n], env)
     return b.finish([None if n is None else env[n] for n in graph.outputs])
+
+
+def _many(n: Node, graph: Graph) -> tuple[Node, Node] | None:
+    """[count, rows, inner] and [inner, columns] if `n` is their product or its transpose, written as one product."""
+    by_matrix = n.args[0] if _is_transpose(n) else n
+    if by_matrix.op != "call_function" or by_matrix.target is not aten.reshape.default:
+        return None
+    product = by_matrix.args[0]
+    if product.target is not aten.mm.default or product.args[0].target is not aten.reshape.default:
+        return None
+    many, one = product.args[0].args[0], product.args[1]
+    shape = *_val(many).shape[:2], _val(one).shape[1]
+    between = [product] if by_matrix is n else [product, by_matrix]
+    if _val(many).ndim != 3 or _val(by_matrix).shape != shape or not _is_large(many, shape):
+        return None
+    if any(len(x.users) != 1 or x in graph.outputs for x in between):
+        return None
+    return (many, one) if by_matrix is not n or _is_transpose(many) else None
+
+
+def _is_large(many: Node, shape: tuple) -> bool:
+    rows, columns, inner = *shape[1:], _val(many).shape[2]
+    return not any(isinstance(s, Dim) for s in (rows, columns, inner)) and rows * columns * inner >= LARGE
 
 
 def _is_transpose(n: Node) -> bool:
@@ -39,7 +102,11 @@ def _only_for(n: Node, graph: Graph) -> bool:
     return product.target in PRODUCTS and len(product.users) == 1 and product not in graph.outputs
 
 
-def _transposed(x: Node, env: dict[Node, object]):
+def _transposed(x: Node, env: Env) -> Value:
     if _is_transpose(x) and x.args[0] in env:
         return env[x.args[0]]
     return env[x].permute([1, 0] if env[x].ndim == 2 else [0, 2, 1])
+
+
+def _val(n: Node) -> Val:
+    return n.meta["val"]

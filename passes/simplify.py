@@ -341,6 +341,46 @@ def _sum_of_bmm(a, b):
     return a.permute([1, 0, 2]).reshape([m, n * k]) @ b.reshape([n * k, b.shape[2]])
 
 
+@rewrites(aten.diagonal.default)
+def _diagonal(a, offset=0, dim1=0, dim2=1):
+    if offset != 0:
+        return None
+    i, j = sorted((dim1 % a.ndim, dim2 % a.ndim))
+    if made := made_by(a, aten.permute.default):  # diagonal(permute x) -> permute(diagonal x)
+        axes = [d % a.ndim for d in made[1]]
+        out = made[0].call(aten.diagonal.default, 0, axes[i], axes[j])
+        rest = [d for d in range(a.ndim) if d not in (axes[i], axes[j])]
+        order = [rest.index(axes[d]) for d in range(a.ndim) if d not in (i, j)]
+        return out.permute([*order, len(order)])
+    if (i, j) != (a.ndim - 2, a.ndim - 1) or a.shape[i] != a.shape[j] or a.dtype not in ACCUMULATED:
+        return None
+    factors = _factors(a)
+    return (
+        None if factors is None else (factors[0] * factors[1].mT).sum([j])
+    )  # diag(a @ b) -> rows of a * b^T
+
+
+# Elementwise products of these are rounded as those of a matrix product are.
+ACCUMULATED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def _factors(a: Value) -> list | None:
+    """x [..., n, k] and y [..., k, m] if `a` is x @ y, or that with the rows of all x in one matrix."""
+    made = made_by(a, aten.mm.default) or made_by(a, aten.bmm.default)
+    if made or not (reshaped := made_by(a, aten.reshape.default)):
+        return made
+    made = made_by(reshaped[0], aten.mm.default)
+    if not made or a.shape[-1] != made[1].shape[1]:
+        return None
+    return [made[0].reshape([*a.shape[:-1], made[0].shape[1]]), made[1]]
+
+
+@rewrites(aten.trace.default)
+def _trace(a):
+    out = _diagonal(a) if a.shape[0] == a.shape[1] else None  # trace(a @ b) -> sum of a * b^T
+    return None if out is None else out.sum([0])
+
+
 @rewrites(aten.mm.default)
 def _mm_eye(a, b):
     if a.node.target is aten.eye.default and a.dtype == b.dtype:  # 1 @ b -> b

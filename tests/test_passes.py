@@ -145,6 +145,102 @@ def test_a_product_that_is_read_transposed_is_made_so(f, left, batched):
     torch.testing.assert_close(fxfunc.jit(f)(x), f(x))
 
 
+SQUARE, SIDES, BATCH = (5, 5), ((5, 3), (3, 5)), ((4, 5, 3), (4, 3, 5))
+
+
+@pytest.mark.parametrize(
+    "f, shapes, left",
+    [
+        (lambda a, b: (a @ b).diagonal(), SIDES, ["mul", "sum"]),
+        (lambda a, b: (a @ b).trace(), SIDES, ["mul", "sum", "sum"]),
+        (lambda a, b: (a @ b).mT.diagonal().sin(), SIDES, ["mul", "sum", "sin"]),
+        (fxfunc.vmap(lambda a, b: (a @ b).trace()), BATCH, ["mul", "sum", "sum"]),
+        (fxfunc.vmap(lambda a, b: (a @ b).trace(), (0, None)), (BATCH[0], SIDES[1]), ["mul", "sum", "sum"]),
+        (fxfunc.vmap(lambda a, b: (b @ a).trace(), (0, None)), (BATCH[1], SIDES[0]), ["mul", "sum", "sum"]),
+        (lambda a, b: (a @ b).diagonal(1), SIDES, ["mm", "diagonal"]),
+        (lambda a, b: (b @ a.mT).diagonal(), ((4, 3), (5, 3)), ["mm", "diagonal"]),  # not square
+        (lambda a, b: (a + b).diagonal(), (SQUARE, SQUARE), ["add", "diagonal"]),
+        (lambda a, b: (a @ b).diagonal(dim1=0, dim2=1), BATCH, ["bmm", "diagonal"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_the_diagonal_of_a_product_needs_no_product(f, shapes, left, backend):
+    torch.manual_seed(0)
+    args = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    found = [op.split(".")[0] for op in ops(f, *args)]
+    assert [op for op in found if op not in ("reshape", "permute")] == left
+    torch.testing.assert_close(fxfunc.jit(f).lower(*args).compile(backend=backend)(*args), f(*args))
+
+
+MANY, ONE = (3, 64, 96), (96, 48)  # matrices [3, 64, 96], of which each has a large product with one [96, 48]
+
+
+@pytest.mark.parametrize(
+    "f, shapes, left",
+    [
+        (lambda a, b: (a @ b).relu(), (MANY, ONE), ["mm", "relu"]),  # rows of all matrices together: no copy
+        (lambda a, b: (a.mT @ b).relu(), ((3, 96, 64), ONE), ["bmm", "relu"]),
+        (lambda a, b: (b.mT @ a.mT).relu(), (MANY, ONE), ["bmm", "relu"]),
+        (lambda a, b: (b @ a).relu(), ((3, 96, 64), (48, 96)), ["bmm", "relu"]),
+        (lambda a, b: b.mT @ a.mT + a[:1, :1], (MANY, ONE), ["baddbmm"]),
+        (lambda a, b: (b.mT @ a.mT).relu(), ((3, 8, 96), ONE), ["mm", "relu"]),  # small products
+        (lambda a, b: ((p := a @ b).mT.relu(), p.sin()), (MANY, ONE), ["mm", "relu", "sin"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_a_large_product_of_one_matrix_with_many_copies_none_of_them(f, shapes, left, backend):
+    f, args = fxfunc.vmap(f, (0, None)), [torch.randn(s, dtype=torch.float64) for s in shapes]
+    found = [op.split(".")[0] for op in ops(f, *args, backend=for_aten)]
+    assert [op for op in found if op not in ("reshape", "permute", "expand", "slice")] == left
+    ours = fxfunc.jit(f).lower(*args).compile(backend=backend)(*args)
+    torch.testing.assert_close(ours, f(*args))
+
+
+def test_derivatives_of_one_matrix_with_many_are_those_of_torch():
+    def loss(api):
+        one = lambda a, b: torch.tanh(b.mT @ a.mT).square().sum()
+        total = lambda a, b: api.vmap(one, (0, None))(a, b).sum()
+        first = api.grad(total, argnums=(0, 1))
+        second = api.grad(lambda a, b: sum(g.sin().sum() for g in first(a, b)), argnums=(0, 1))
+        return lambda a, b: (first(a, b), second(a, b), api.jvp(first, (a, b), (a.sin(), b.cos())))
+
+    args = [torch.randn(s, dtype=torch.float64) / 5 for s in (MANY, ONE)]
+    torch.testing.assert_close(fxfunc.jit(loss(fxfunc))(*args), loss(torch.func)(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_diagonal_of_a_product_is_no_less_exact(dtype):
+    torch.manual_seed(0)
+    f, a, b = lambda a, b: (a @ b).diagonal(), *(torch.randn(64, 64).to(dtype) for _ in range(2))
+    exact = f(a.double(), b.double())
+    error = lambda y: (y.double() - exact).abs().max()
+    assert error(fxfunc.jit(f)(a, b)) <= 2 * error(f(a, b))
+
+
+def test_special_values_stay_on_the_diagonal_of_a_product():
+    a = torch.tensor([[math.inf, 0.0], [1.0, math.nan]], dtype=torch.float64)
+    for b in (S, S * 0, -S):
+        same(lambda a, b: (a @ b).diagonal(), a, b)
+
+
+def test_derivatives_of_a_trace_are_those_of_torch():
+    def all_of(api):
+        f = lambda a, b: (torch.tanh(a) @ b.sin()).trace()
+        laplacian = lambda a, b: api.hessian(lambda r: (r @ a).sin().prod())(b[0]).trace()
+        mapped = api.vmap(laplacian, (None, 0))
+        return lambda a, b: (
+            api.grad(f, argnums=(0, 1))(a, b),
+            api.hessian(f)(a, b),
+            api.jvp(f, (a, b), (b.mT.cos(), a.mT.cos())),
+            mapped(a, torch.stack([b, b.cos()])),
+            api.grad(lambda b: laplacian(a, b))(b),
+        )
+
+    torch.manual_seed(0)
+    a, b = (torch.randn(s, dtype=torch.float64) for s in SIDES)
+    torch.testing.assert_close(fxfunc.jit(all_of(fxfunc))(a, b.mT.mT), all_of(torch.func)(a, b))
+
+
 def test_peephole_keeps_a_product_that_somebody_else_reads():
     f = lambda a: ((p := a @ a) + a, p.sin())
     assert ops(f, S, backend=for_aten).count("mm.default") == 1
