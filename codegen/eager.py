@@ -22,7 +22,7 @@ from torch.fx import Node
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size
 from fxfunc.passes.dump import saw_source
-from fxfunc.passes.graph import Graph, Literal, Op, Val, cond, constant, getitem, root, scan
+from fxfunc.passes.graph import Graph, Literal, Op, Val, barrier, cond, constant, getitem, root, scan
 
 from .calls import best
 from .loops import Kernel, native
@@ -234,6 +234,8 @@ class _Writer:
             return f"{self.arg(args[0])}[{int(args[1])}]"
         if op is constant:
             return self.literal(args[0])
+        if op is barrier:
+            return self.arg(args[0])
         if op is kernel_op:
             return self.kernel(n)
         if op is native:

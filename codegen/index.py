@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from fxfunc.passes.dims import Dim, Size, numel, terms_of
-from fxfunc.passes.graph import Val, stop_gradient, stop_reverse
+from fxfunc.passes.graph import Val, barrier, stop_gradient, stop_reverse
 
 aten = torch.ops.aten
 
@@ -249,7 +249,7 @@ VIEWS: dict[object, Callable[..., Map]] = {
     aten.expand.default: broadcast_map, aten.slice.Tensor: _slice, aten.select.int: _select, aten.flip.default: _flip,
     aten.diagonal.default: _diagonal,
     aten.alias.default: _same, aten.detach.default: _same, aten.clone.default: _same,
-    stop_reverse: _same, stop_gradient: _same,
+    stop_reverse: _same, stop_gradient: _same, barrier: _same,
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from fxfunc.passes.graph import (
     Graph,
     Op,
     Val,
+    barrier,
     constant,
     extract,
     getitem,
@@ -241,7 +242,7 @@ def _task_refusal(n: Node) -> str | None:
         return None
     if n.target is scan:
         return _why_no_loop(n.args[0], n.kwargs["length"])
-    if isinstance(n.target, Op) and n.target is not constant:
+    if isinstance(n.target, Op) and n.target not in (barrier, constant):
         return "a region inside of a task"
     if n.target is constant and not is_constant(n):
         return "a constant tensor inside of a task"
@@ -328,7 +329,7 @@ class _Partition:
             return "a constant"
         if n.target is scan:
             return _why_no_loop(n.args[0], n.kwargs["length"])
-        if isinstance(n.target, Op):
+        if isinstance(n.target, Op) and n.target is not barrier:
             return "a region outside of a map"
         if n.target in PRODUCTS and refusal(n) is None and product_work(n) >= LARGE_PRODUCT:
             return "a large product"

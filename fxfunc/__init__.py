@@ -8,6 +8,8 @@ with _no_collection():
 
     from . import errors as errors
     from .artifact import load as load
+    from .checkpoint import checkpoint as checkpoint
+    from .checkpoint import saved_residuals as saved_residuals
     from .control import cond as cond
     from .control import fori_loop as fori_loop
     from .control import scan as scan

@@ -14,6 +14,7 @@ from .dims import Size
 from .graph import (
     Graph,
     Val,
+    checkpoint,
     cond,
     custom,
     extract,
@@ -251,6 +252,11 @@ def _lower_custom(b: Builder, args, kwargs):
     return tuple(b.inline(args[0], list(args[-1]), _Lower(b).call))
 
 
+def _lower_checkpoint(b: Builder, args, kwargs):
+    body, operands = args
+    return tuple(b.inline(body, list(operands), _Lower(b).call))
+
+
 SPECIAL = {scan: _batch_scan, cond: _batch_cond}
 LOWER = {
     map_: _lower_map,
@@ -258,6 +264,7 @@ LOWER = {
     cond: _lower_cond,
     linear_call: _lower_linear_call,
     custom: _lower_custom,
+    checkpoint: _lower_checkpoint,
     stop_reverse: lambda b, args, kwargs: args[0],
     stop_gradient: lambda b, args, kwargs: args[0],
     graft: lambda b, args, kwargs: args[0],

@@ -109,6 +109,8 @@ constant = Op("constant")
 stop_reverse, stop_gradient = Op("stop_reverse"), Op("stop_gradient")
 # graft(new, old) -> new; in reverse mode its derivative is that of `old` (an in-place write under no_grad).
 graft = Op("graft")
+# The identity; equal calls on both sides of it are not merged (what is computed again would be taken from the first time).
+barrier = Op("barrier")
 # map(body, operands; length, mapped, outs, randomness): the body once per index of the mapped axis.
 #   operands[i] carries the axis at dim 0 iff mapped[i]; outs[j] is "stack" (axis 0 of the result) or "sum" (over the axis).
 map_ = Op("map")
@@ -123,7 +125,9 @@ custom = Op("custom")
 # linear_call(body, transposed, residuals, operands): a linear map given as two graphs, either may be None:
 #   body(*residuals, *operands) and its transpose transposed(*residuals, *cotangents).
 linear_call = Op("linear_call")
-REGIONS = (map_, scan, cond, custom, linear_call)
+# checkpoint(body, operands; policy): body(*operands), of which reverse mode keeps what the policy says (remat.py).
+checkpoint = Op("checkpoint")
+REGIONS = (map_, scan, cond, custom, linear_call, checkpoint)
 
 
 class Graph:
@@ -261,7 +265,7 @@ def root(n: Node) -> object:
     while n.op == "call_function":
         source = n.args[0] if n.target is getitem else n
         schema = getattr(source.target, "_schema", None)
-        if source.target in (stop_reverse, stop_gradient, graft) or (
+        if source.target in (stop_reverse, stop_gradient, graft, barrier) or (
             schema and schema.returns[0].alias_info is not None
         ):
             n = source.args[0]

@@ -19,6 +19,8 @@ from .dims import Dim, at, numel
 from .graph import (
     Graph,
     Val,
+    barrier,
+    checkpoint,
     cond,
     constant,
     custom,
@@ -270,11 +272,13 @@ OWN = {
     stop_reverse: lambda x: x,
     stop_gradient: lambda x: x,
     graft: lambda new, old: new,
+    barrier: lambda x: x,
     map_: _map_vals,
     scan: _scan_vals,
     cond: lambda true, false, pred, operands: tuple(true.out_vals),
     custom: lambda body, *rest, **kwargs: tuple(body.out_vals),
     linear_call: _linear_call_vals,
+    checkpoint: lambda body, operands, *, policy: tuple(body.out_vals),
 }
 
 

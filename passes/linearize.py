@@ -55,11 +55,11 @@ def _residuals(needed, linear_nodes) -> list[Node]:
 
     Views and calls without inputs (constants) are repeated in the linear graph: a matrix and its transpose are one residual.
     """
-    read = {_owner(m) for n in needed for m in n.all_input_nodes if m not in linear_nodes}
+    read = {owner(m) for n in needed for m in n.all_input_nodes if m not in linear_nodes}
     return sorted(m for m in read if m.op == "placeholder" or m.all_input_nodes or is_random(m))
 
 
-def _owner(n: Node) -> Node:
+def owner(n: Node) -> Node:
     """What has all elements of a value; a reshape of a view may be a copy, and is no view."""
     while n.target in _VIEWS or (n.target in _RESHAPES and n.args[0].target not in _VIEWS):
         n = n.args[0]

@@ -1390,6 +1390,10 @@ def _written(z, x):
     return z * z
 
 
+def _two_layers(x, w):
+    return (x @ w).sin() @ w
+
+
 def _masked_scatter(a, m, b):
     rank = m.reshape(-1).to(torch.int64).cumsum(0) - 1
     return torch.where(m, b.reshape(-1)[rank.clamp_min(0)].reshape(a.shape), a)
@@ -1408,4 +1412,10 @@ case(
     ),
     lambda s: (s(), s()),
     reference=lambda a, b: tuple(x + (y - x) * torch.arange(4) / 3 for x, y in ((a, b), (a, 2.0), (2.0, b))),
+)
+case(
+    "checkpoint",
+    fxfunc.checkpoint(_two_layers, policy="nothing"),
+    lambda s: (s(2, s.n), s(s.n, s.n)),
+    reference=_two_layers,
 )

@@ -1,6 +1,7 @@
 """The rule rows, by family. Importing this package fills the table."""
 
 from . import (
+    checkpoint,
     conv,
     distance,
     fourier,
@@ -24,6 +25,7 @@ __all__ = [
     "ROWS",
     "Row",
     "Undefined",
+    "checkpoint",
     "conv",
     "distance",
     "fourier",

@@ -56,7 +56,7 @@ def _map_transpose(b: Builder, cts, args, kwargs):
     """A map again: cotangents of stacked outputs are mapped, of sums not; cotangents of unmapped inputs are summed."""
     body, operands = args
     mapped, outs = kwargs["mapped"], kwargs["outs"]
-    body, residuals, linear = _linear_last(body, operands)
+    body, residuals, linear = linear_last(body, operands)
     kinds = [mapped[i] for i in residuals]
     given = [j for j, ct in enumerate(cts) if ct is not None]
     back = transposed(body, len(residuals), given)
@@ -75,7 +75,7 @@ def _map_transpose(b: Builder, cts, args, kwargs):
     return [next(results) if i in wanted else None for i in linear]
 
 
-def _linear_last(body: Graph, operands) -> tuple[Graph, list[int], list[int]]:
+def linear_last(body: Graph, operands) -> tuple[Graph, list[int], list[int]]:
     """The body with its linear inputs behind the others, and the positions of both."""
     linear = [i for i, x in enumerate(operands) if isinstance(x, Undefined)]
     others = [i for i in range(len(operands)) if i not in linear]
@@ -176,7 +176,7 @@ def _cond_transpose(b: Builder, cts, args, kwargs):
     """A cond of the transposed branches."""
     true, false, pred, operands = args
     given = [j for j, ct in enumerate(cts) if ct is not None]
-    parts = [_linear_last(g, operands) for g in (true, false)]
+    parts = [linear_last(g, operands) for g in (true, false)]
     _, residuals, linear = parts[0]
     backs = [transposed(g, len(residuals), given) for g, _, _ in parts]
     own = [[n is not None for n in back.outputs] for back in backs]
