@@ -31,7 +31,8 @@ from fxfunc.passes.graph import (
 from fxfunc.passes.infer import OWN
 
 from . import cxx
-from .cpp import TYPES, comment, function, is_large, name_of
+from .cost import bytes_of, is_shared
+from .cpp import TYPES, comment, function, name_of
 from .expand import PRODUCTS
 from .loops import Kernel, native
 from .loops import kernel as kernel_op
@@ -71,10 +72,6 @@ class _Memory:
     def free(self, at: int) -> None:
         """Give a buffer back."""
         self.live = [x for x in self.live if x[0] != at]
-
-
-def bytes_of(val: Val) -> int:
-    return numel(val.shape) * val.dtype.itemsize
 
 
 # ---- C++ of a graph ----
@@ -216,7 +213,7 @@ class _Body:
         outs = self.outputs(n)
         given, made = iter(ins), iter(outs)
         args = [next(made if a.output else given) for a in k.args]
-        shared = self.parallel and is_large(k)
+        shared = self.parallel and is_shared(k)
         self.emit(f"{self.unit.kernel(k, shared)}({', '.join(args + ['threads'] * shared)});")
 
     def outputs(self, n: Node) -> list[str]:
