@@ -17,9 +17,9 @@ from torch.fx import Node
 from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Graph, Val, getitem, scan
 
-from .expand import PRODUCTS
 from .loops import Kernel
 from .lower import base, is_free
+from .rows import PRODUCTS
 from .triton import tile_of
 
 ANY, NEVER = 0, sys.maxsize

@@ -16,8 +16,9 @@ import torch
 from fxfunc.passes.dims import Dim, Size
 
 from . import cxx
+from .explain import source_line
 from .loops import Apply, Const, Index, Iota, Kernel, Load, Reduce, Store, neutral, value_names
-from .triton import source_line, tile_of
+from .triton import tile_of
 
 TYPES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double",
          torch.bool: "bool", torch.uint8: "uint8_t", torch.int8: "int8_t", torch.int16: "int16_t",

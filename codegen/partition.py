@@ -40,6 +40,7 @@ from fxfunc.passes.simplify import SIMPLIFY
 from . import cost
 from .cost import bytes_of, named
 from .expand import expand
+from .explain import Row, row
 from .loops import native
 from .lower import DTYPES, base, is_constant, is_free
 from .prepare import affine, refusal
@@ -53,11 +54,12 @@ FOLDED = 2**20  # bytes of a constant that is computed once
 
 @dataclasses.dataclass
 class Built:
-    """A graph with `native` nodes, and for each call outside of them why it is there."""
+    """A graph with `native` nodes, why maps were batched, and each call outside of the programs with why it is there."""
 
     graph: Graph
     programs: list[Native]
     notes: list[str]
+    outside: list[Row]
 
 
 def build(graph: Graph) -> Built:
@@ -74,7 +76,7 @@ def compile_graph(graph: Graph) -> Built:
     for p in built.programs:
         saw_source(p.name, p.source)
         p.compile()
-    for note in built.notes:
+    for note in (*built.notes, *(f"{r.op} ({r.name}) {r.place}: {r.why}" for r in built.outside)):
         log.info("cpp: %s", note)
     return built
 
@@ -244,6 +246,7 @@ class _Partition:
         self.fx = torch.fx.Graph()
         self.env: dict[Node, Node] = {}
         self.programs: list[Native] = []
+        self.outside: list[Row] = []
         self.pending: list[Node] = []
         self.waits: set[Node] = set()  # what the pending calls compute, views of it too
         self.late: list[Node] = []
@@ -262,14 +265,17 @@ class _Partition:
                 self.waits.add(n)
                 continue
             if n.target is not constant:
-                self.notes.append(f"{named(n)} runs in ATen: {why}")
+                self._outside(n, why)
             if any(x in self.waits for x in n.all_input_nodes):
                 self._flush()
             self._get(n)
         self._flush()
         outputs = tuple(None if n is None else self._get(n) for n in self.graph.outputs)
         self.fx.output(outputs)
-        return Built(for_aten(Graph(self.fx)), self.programs, self.notes)
+        return Built(for_aten(Graph(self.fx)), self.programs, self.notes, self.outside)
+
+    def _outside(self, n: Node, why: str) -> None:
+        self.outside.append(row(n, "runs in ATen", why))
 
     def _refusal(self, n: Node) -> str | None:
         if n.target is map_:
@@ -289,6 +295,7 @@ class _Partition:
             return
         if len(inside) < cost.limits().least_calls and not any(n.target in (map_, scan) for n in inside):
             for n in inside:
+                self._outside(n, "too few calls for a program")
                 self._get(n)
             return
         results = [r for n in inside for r in _results(n)]

@@ -21,12 +21,12 @@ from fxfunc.passes.record import Builder, Value
 
 from . import moves
 from .cost import product_work
-from .expand import PRODUCTS
 from .fuse import fuse
 from .index import VIEWS, NotFusable, Space, Split, pull, reshaped
 from .loops import Apply, Const, Kernel
 from .lower import DTYPES, is_constant, is_free, is_fusable, lower
 from .moves import MOVES
+from .rows import PRODUCTS
 
 aten = torch.ops.aten
 
