@@ -143,7 +143,7 @@ template <class V, class T> static inline V load(const T* p) {
 template <class V, class T> static inline V splat(T x) {
   V v;
   if constexpr (std::is_arithmetic<V>::value) v = x;
-  else for (unsigned i = 0; i < sizeof(V) / sizeof(T); i++) v[i] = x;
+  else v = x - V{};  // one broadcast; g++ gathers what it has scattered lane by lane, at a third to a tenth of the speed
   return v;
 }
 // Part `i` of a vector, and a vector of two parts.
