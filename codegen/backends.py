@@ -18,6 +18,7 @@ from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.place import place
 
 from . import eager
+from .explain import Row, rows_of, table
 
 if TYPE_CHECKING:
     from .launch import Binary
@@ -39,7 +40,18 @@ class Program:
     kernels: list[Binary] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     programs: list[Native] = dataclasses.field(default_factory=list)  # of the cpp backend
-    notes: list[str] = dataclasses.field(default_factory=list)  # what a backend could not take, and why
+    notes: list[str] = dataclasses.field(default_factory=list)  # which maps are batched, and why
+    outside: list[Row] = dataclasses.field(default_factory=list)  # calls that stay ATen's there
+
+    def explain(self) -> str:
+        """Each call of the program that runs, by what computes it and why that ends there; views and constants are no calls."""
+        lines = [f"backend {self.backend}", *self.notes]
+        for p in self.programs:
+            lines += [p.describe(), *table(p.rows)]
+        rows = self.outside if self.backend == "cpp" else rows_of(self.native or self.graph)
+        return "\n".join(
+            [*lines, *([f"outside: {len(rows)} calls"] if self.programs and rows else []), *table(rows)]
+        )
 
 
 def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph, str, str]:
@@ -123,7 +135,13 @@ def _cpp(graph: Graph, low: Graph) -> Program:
 
     built = compile_graph(graph)
     return Program(
-        for_aten(low), "cpp", "cpu", eager.emit(built.graph), programs=built.programs, notes=built.notes
+        for_aten(low),
+        "cpp",
+        "cpu",
+        eager.emit(built.graph),
+        programs=built.programs,
+        notes=built.notes,
+        outside=built.outside,
     )
 
 

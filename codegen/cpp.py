@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxfunc.passes.dims import Dim, Size, numel
+from fxfunc.passes.dims import Dim, Size
 
 from . import cxx
+from .explain import source_line
 from .loops import Apply, Const, Index, Iota, Kernel, Load, Reduce, Store, neutral, value_names
-from .triton import source_line, tile_of
+from .triton import tile_of
 
 TYPES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double",
          torch.bool: "bool", torch.uint8: "uint8_t", torch.int8: "int8_t", torch.int16: "int16_t",
@@ -25,8 +26,9 @@ TYPES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "floa
 
 LANES = 16  # of a reduction along the tile
 COLUMNS = 64  # of the grid that are reduced side by side
-# A kernel over as many elements is shared out to threads, in blocks that depend on its shape alone.
-PARALLEL, BLOCK = 2**16, 4096
+BLOCK = (
+    4096  # elements of one axis that a thread does at once: the same blocks whatever the number of threads
+)
 
 _KEYWORDS = (
     "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t class compl const "
@@ -101,12 +103,6 @@ def name_of(k: Kernel, name: str | None = None) -> str:
 def function(k: Kernel, name: str, parallel: bool = False) -> str:
     """The kernel as a function of its arguments, its sizes, and, if `parallel`, the number of threads."""
     return _Function(k, name, parallel).text()
-
-
-def is_large(k: Kernel) -> bool:
-    """True for a kernel that threads share."""
-    n = numel([*k.grid, *tile_of(k)])
-    return isinstance(n, int) and n >= PARALLEL
 
 
 class _Function:

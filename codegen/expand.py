@@ -15,11 +15,9 @@ from fxfunc.passes.record import Builder, Value
 from .index import VIEWS
 from .lower import is_free, is_fusable, opmath
 from .moves import MOVES
-from .rows import POINTWISE, REDUCING
+from .rows import POINTWISE, PRODUCTS, REDUCING
 
 aten = torch.ops.aten
-
-PRODUCTS = (aten.mm.default, aten.bmm.default)
 
 
 def expand(graph: Graph) -> Graph:

@@ -19,6 +19,7 @@ from fxfunc.passes.graph import Graph, Op, Val, getitem, substitute
 from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
+from .explain import Row, kind, row
 from .index import NotFusable
 from .loops import Kernel, kernel, neutral
 from .lower import base, chunked, is_free, is_fusable, lower, opmath, reduced_dims
@@ -151,6 +152,7 @@ class _Groups:
         self.returned = {base(n) for n in graph.outputs if n is not None}
         self.group: dict[Node, tuple[Node, ...]] = {n: (n,) for n in self.real}
         self.fusable = {n for n in self.real if n.op == "call_function" and is_fusable(n)}
+        self.cuts: dict[tuple[Node, Node], str] = {}  # why a call is not in the kernel of one that it reads
         self.lowered: dict[Node, tuple[Kernel, tuple[Node, ...], list[Node]]] = {}
         for n in self.real:
             if n in self.fusable:
@@ -159,22 +161,38 @@ class _Groups:
 
     def _grow(self, n: Node) -> None:
         for d in sorted(self.deps[n], key=self.order.__getitem__, reverse=True):
-            if d in self.fusable and self.group[d] is not self.group[n]:
-                self._merge(self.group[d], self.group[n])
+            if d not in self.fusable and d.op == "call_function":
+                self.cuts[d, n] = kind(d)
+            elif (
+                d in self.fusable
+                and self.group[d] is not self.group[n]
+                and (why := self._merge(self.group[d], self.group[n]))
+            ):
+                self.cuts[d, n] = why
 
-    def _merge(self, a: tuple[Node, ...], b: tuple[Node, ...]) -> None:
-        """Make one group of `a` and `b`, which reads from `a`, if that is legal."""
-        if len(a) + len(b) > MAX_MEMBERS or self._path_outside(a, b):
-            return
+    def _merge(self, a: tuple[Node, ...], b: tuple[Node, ...]) -> str | None:
+        """Make one group of `a` and `b`, which reads from `a`, or say why that is not legal."""
+        if len(a) + len(b) > MAX_MEMBERS:
+            return f"more than {MAX_MEMBERS} calls"
+        if self._path_outside(a, b):
+            return "a call between them is in another kernel"
         members = tuple(sorted(a + b, key=self.order.__getitem__))
         outputs = self._outputs(members)
         try:
             found = lower(members, outputs, _name(members))
-        except NotFusable:
-            return
+        except NotFusable as e:
+            return str(e)
         for n in members:
             self.group[n] = members
         self.lowered[members[0]] = (*found, outputs)
+        return None
+
+    def rows(self, group: Sequence[Node]) -> tuple[Row, ...]:
+        """What a kernel is made of, each call with why it is cut from those that it reads elsewhere."""
+        return tuple(
+            row(n, why="; ".join(f"{d}: {self.cuts[d, n]}" for d in self.deps[n] if (d, n) in self.cuts))
+            for n in group
+        )
 
     def _outputs(self, members: Sequence[Node]) -> list[Node]:
         inside = set(members)
@@ -284,7 +302,7 @@ class _Fused:
             self.kernels[k] = self._named(k)
         k = self.kernels[k]
         meta = {"val": tuple(n.meta["val"] for n in outputs), "source": group[-1].meta.get("source"),
-                "origin": f"fuse({', '.join(n.name for n in group)})"}  # fmt: skip
+                "origin": f"fuse({', '.join(n.name for n in group)})", "members": self.groups.rows(group)}  # fmt: skip
         args = (k, *(self._get(x) for x in operands))
         if len(outputs) == 1:
             self.env[outputs[0]] = self._create(

@@ -175,7 +175,8 @@ class _Lowering:
         """The kernel and its operands, or `NotFusable`."""
         maps = _Maps(self).learn()
         if missing := [n for n in self.outputs if n not in maps]:
-            raise NotFusable(f"{missing} cannot be stored from this index space")
+            other = any(n.target in REDUCING for n in missing)
+            raise NotFusable("a reduction over other axes" if other else f"{missing}: another index space")
         values = {n: self.value(n, maps[n]) for n in self.outputs}
         if not (0 if bare else 1) <= len(self.operands) <= MAX_ARGS - len(values):
             raise NotFusable("the number of arguments")

@@ -1,14 +1,14 @@
 """Which part of a graph is C++. Entry point: `compile_graph`: the graph with a few `native` nodes, the rest ATen calls.
 
 Maps of enough work whose bodies are all C++ stay loops over tasks; the others are batched. Scans stay loops. Then as many calls
-as possible are one program.
+as possible are one program. What is possible is decided here, what is worth it in cost.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.fx import Node
 from fxfunc.passes.batch import lower as batched
 from fxfunc.passes.dce import dce
 from fxfunc.passes.decompose import tensors_in
-from fxfunc.passes.dims import Dim, numel
+from fxfunc.passes.dims import Dim
 from fxfunc.passes.draws import draws_first
 from fxfunc.passes.dump import saw, saw_source
 from fxfunc.passes.ghost import ghost
@@ -40,31 +40,29 @@ from fxfunc.passes.pipeline import for_aten, inside, simplify
 from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.simplify import SIMPLIFY
 
-from .expand import PRODUCTS, expand
+from . import cost
+from .cost import bytes_of, named
+from .expand import expand
+from .explain import Row, row
 from .loops import native
 from .lower import DTYPES, base, is_constant, is_free
-from .prepare import affine, product_work, refusal, work
-from .tasks import Native, bytes_of
+from .prepare import affine, refusal
+from .tasks import Native
 
 aten = torch.ops.aten
 log = logging.getLogger("fxfunc")
 
-SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
-LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
-LARGE_TASK_PRODUCT = 2**22  # and inside
-# A matrix of so many bytes that all tasks read, each for a few rows, is read once by a batched product.
-SHARED_BYTES, FEW_ROWS = 2**17, 16
-BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
 FOLDED = 2**20  # bytes of a constant that is computed once
 
 
 @dataclasses.dataclass
 class Built:
-    """A graph with `native` nodes, and for each call outside of them why it is there."""
+    """A graph with `native` nodes, why maps were batched, and each call outside of the programs with why it is there."""
 
     graph: Graph
     programs: list[Native]
     notes: list[str]
+    outside: list[Row]
 
 
 def build(graph: Graph) -> Built:
@@ -81,7 +79,7 @@ def compile_graph(graph: Graph) -> Built:
     for p in built.programs:
         saw_source(p.name, p.source)
         p.compile()
-    for note in built.notes:
+    for note in (*built.notes, *(f"{r.op} ({r.name}) {r.place}: {r.why}" for r in built.outside)):
         log.info("cpp: %s", note)
     return built
 
@@ -96,7 +94,9 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
         if op is not map_:
             return b.emit(op, args, kwargs)
         body = _flat(args[0])
-        why = _why_batched(body, kwargs["length"], kwargs["mapped"])
+        why = _why_no_loop(body, kwargs["length"]) or cost.why_batched(
+            body, kwargs["length"], kwargs["mapped"]
+        )
         if why is None:
             return _in_blocks(b, body, args[1], kwargs)
         notes.append(f"a map of {kwargs['length']} is batched: {why}")
@@ -112,7 +112,7 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
 def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict) -> tuple[Value, ...]:
     """A map whose tasks are blocks of examples, batched: as many as make its calls worth their overhead."""
     length = kwargs["length"]
-    block = _block(body, length)
+    block = cost.block(body, length)
     if block == 1:
         return b.emit(map_, (body, tuple(operands)), kwargs)
     inner, mapped, count = Builder(SIMPLIFY), kwargs["mapped"], length // block
@@ -127,22 +127,6 @@ def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict)
         y if kind == "sum" else y.reshape([length, *y.shape[2:]])
         for y, kind in zip(results, kwargs["outs"], strict=True)
     )
-
-
-def _block(body: Graph, length: int) -> int:
-    """The largest divisor of the length that leaves enough tasks, and values of no more than `BLOCK_ELEMENTS` on average."""
-    sizes = list(_sizes(body))
-    most = min(BLOCK_ELEMENTS * len(sizes) // max(1, sum(sizes)), length // LEAST_TASKS)
-    return next((d for d in range(most, 1, -1) if length % d == 0), 1)
-
-
-def _sizes(body: Graph) -> Iterator[int]:
-    """The number of elements of each value that is computed, in loops once."""
-    for n in body.nodes:
-        if n.target is scan:
-            yield from _sizes(n.args[0])
-        elif not is_free(n) and n.target is not getitem:
-            yield numel(n.meta["val"].shape)
 
 
 def _one_map(args: tuple, kwargs: dict) -> Graph:
@@ -197,26 +181,6 @@ def oriented(graph: Graph) -> Graph:
     return b.finish(b.inline(orient(graph), [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
-def _why_batched(body: Graph, length: object, mapped: Sequence[bool]) -> str | None:
-    if (why := _why_no_loop(body, length)) is not None:
-        return why
-    if work(body) * length < SMALL_MAP:
-        return "little work"
-    shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
-    large = next((n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)), None)
-    return large and f"{_named(large)}: every task would read all of a large matrix"
-
-
-def _streams(n: Node, shared: set[Node]) -> bool:
-    """True for a product of few rows with a matrix that is no task's own and does not stay in cache."""
-    x, y = n.args
-    rows, columns = n.meta["val"].shape[-2:]
-    return any(
-        base(m) in shared and count < FEW_ROWS and bytes_of(m.meta["val"]) > SHARED_BYTES
-        for m, count in ((x, columns), (y, rows))
-    )
-
-
 def _why_no_loop(body: Graph, length: object) -> str | None:
     """Why a body cannot be run so many times in C++, or None."""
     if not isinstance(length, int) or length == 0:
@@ -225,16 +189,11 @@ def _why_no_loop(body: Graph, length: object) -> str | None:
         return "it draws random numbers"
     for n in body.nodes:
         if (why := _task_refusal(n)) is not None:
-            return f"{_named(n)}: {why}"
+            return f"{named(n)}: {why}"
     vals = (*body.in_vals, *body.out_vals)
     if any(isinstance(s, Dim) or v.dtype not in DTYPES for v in vals for s in (*v.shape, 0)):
         return "symbolic sizes or a dtype that is not supported"
     return None
-
-
-def _named(n: Node) -> str:
-    """A call, for a message."""
-    return f"{n.target} ({n.name}{' at ' + n.meta['source'] if n.meta.get('source') else ''})"
 
 
 def _task_refusal(n: Node) -> str | None:
@@ -246,9 +205,7 @@ def _task_refusal(n: Node) -> str | None:
         return "a region inside of a task"
     if n.target is constant and not is_constant(n):
         return "a constant tensor inside of a task"
-    if n.target in PRODUCTS and refusal(n) is None and product_work(n) > LARGE_TASK_PRODUCT:
-        return "a large product"
-    return refusal(n)
+    return refusal(n) or cost.why_aten(n, inside=True)
 
 
 def _folded(graph: Graph) -> Graph:
@@ -295,6 +252,7 @@ class _Partition:
         self.fx = torch.fx.Graph()
         self.env: dict[Node, Node] = {}
         self.programs: list[Native] = []
+        self.outside: list[Row] = []
         self.pending: list[Node] = []
         self.waits: set[Node] = set()  # what the pending calls compute, views of it too
         self.late: list[Node] = []
@@ -313,14 +271,17 @@ class _Partition:
                 self.waits.add(n)
                 continue
             if n.target is not constant:
-                self.notes.append(f"{_named(n)} runs in ATen: {why}")
+                self._outside(n, why)
             if any(x in self.waits for x in n.all_input_nodes):
                 self._flush()
             self._get(n)
         self._flush()
         outputs = tuple(None if n is None else self._get(n) for n in self.graph.outputs)
         self.fx.output(outputs)
-        return Built(for_aten(Graph(self.fx)), self.programs, self.notes)
+        return Built(for_aten(Graph(self.fx)), self.programs, self.notes, self.outside)
+
+    def _outside(self, n: Node, why: str) -> None:
+        self.outside.append(row(n, "runs in ATen", why))
 
     def _refusal(self, n: Node) -> str | None:
         if n.target is map_:
@@ -331,17 +292,17 @@ class _Partition:
             return _why_no_loop(n.args[0], n.kwargs["length"])
         if isinstance(n.target, Op) and n.target is not barrier:
             return "a region outside of a map"
-        if n.target in PRODUCTS and refusal(n) is None and product_work(n) >= LARGE_PRODUCT:
-            return "a large product"
-        return refusal(n)
+        return refusal(n) or cost.why_aten(n)
 
     def _flush(self) -> None:
         """The pending calls as a program, if they are worth one."""
         inside, self.pending, self.waits = self.pending, [], set()
         if not inside:
             return
-        if len(inside) == 1 and inside[0].target not in (map_, scan):
-            self._get(inside[0])
+        if len(inside) < cost.limits().least_calls and not any(n.target in (map_, scan) for n in inside):
+            for n in inside:
+                self._outside(n, "too few calls for a program")
+                self._get(n)
             return
         results = [r for n in inside for r in _results(n)]
         members = set(inside)

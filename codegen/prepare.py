@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fxfunc.passes.dims import Dim, numel
+from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import (
     Graph,
     Op,
     Val,
-    getitem,
     map_,
     scan,
 )
@@ -21,12 +20,13 @@ from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
 from . import moves
-from .expand import PRODUCTS
+from .cost import product_work
 from .fuse import fuse
 from .index import VIEWS, NotFusable, Space, Split, pull, reshaped
 from .loops import Apply, Const, Kernel
 from .lower import DTYPES, is_constant, is_free, is_fusable, lower
 from .moves import MOVES
+from .rows import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -85,21 +85,6 @@ def _may_raise(k: Kernel) -> str | None:
             if not isinstance(divisor, Const) or divisor.value == 0:
                 return "an integer division, whose divisor may be zero"
     return None
-
-
-def work(graph: Graph) -> int:
-    """About how many multiplications a graph costs."""
-    total = 0
-    for n in graph.nodes:
-        if n.target is scan:
-            total += n.kwargs["length"] * work(n.args[0])
-        elif isinstance(n.meta["val"], Val) and not is_free(n) and n.target is not getitem:
-            total += product_work(n) if n.target in PRODUCTS else numel(n.meta["val"].shape)
-    return total
-
-
-def product_work(n: Node) -> int:
-    return numel(n.meta["val"].shape) * n.args[0].meta["val"].shape[-1]
 
 
 # ---- preparing a graph ----

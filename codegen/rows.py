@@ -249,6 +249,7 @@ TWO_PHASE: dict[object, str] = {
     aten.sum.dim_IntList: "sum", aten.sum.default: "sum", aten.mean.dim: "sum", aten.mean.default: "sum",
     aten.amax.default: "amax", aten.amin.default: "amin", aten.max.default: "amax", aten.min.default: "amin",
 }  # fmt: skip
+PRODUCTS = (aten.mm.default, aten.bmm.default)  # of matrices: no kernel computes them
 EXPENSIVE = frozenset(_SAME_NAME) - {"neg", "abs", "floor", "ceil", "trunc", "round"} | {
     "pow",
     "atan2",

@@ -31,15 +31,16 @@ from fxfunc.passes.graph import (
 from fxfunc.passes.infer import OWN
 
 from . import cxx
-from .cpp import TYPES, comment, function, is_large, name_of
-from .expand import PRODUCTS
+from .cost import bytes_of, is_shared
+from .cpp import TYPES, comment, function, name_of
+from .explain import Row, placed, row, source_line
 from .loops import Kernel, native
 from .loops import kernel as kernel_op
 from .lower import base, is_free
 from .moves import MOVES
 from .prelude import prelude
 from .prepare import form, prepare, strides, turned
-from .triton import source_line
+from .rows import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -73,10 +74,6 @@ class _Memory:
         self.live = [x for x in self.live if x[0] != at]
 
 
-def bytes_of(val: Val) -> int:
-    return numel(val.shape) * val.dtype.itemsize
-
-
 # ---- C++ of a graph ----
 
 
@@ -87,6 +84,7 @@ class _Unit:
         self.functions: dict[str, str] = {}  # body -> name
         self.parts: list[str] = []
         self.names: set[str] = set()
+        self.rows: list[Row] = []  # each call, by what computes it
 
     def kernel(self, k: Kernel, parallel: bool) -> str:
         """The name of a kernel's function."""
@@ -121,8 +119,9 @@ class _Body:
         outputs: Sequence[str | None],
         parallel: bool,
         indent: str,
+        name: str = "program",
     ):
-        self.unit, self.graph, self.parallel, self.indent = unit, graph, parallel, indent
+        self.unit, self.graph, self.parallel, self.indent, self.name = unit, graph, parallel, indent, name
         self.places: dict[Node, str] = dict(zip(graph.inputs, inputs, strict=True))
         self.given = {n: p for n, p in zip(graph.outputs, outputs, strict=True) if p is not None}
         self.memory, self.held = _Memory(), {}
@@ -140,6 +139,8 @@ class _Body:
         last = self._last_reads()
         for n in self.graph.nodes:
             self._comment(n)
+            if n.target is not kernel_op and n.target is not getitem and not is_free(n):
+                self.unit.rows.append(row(n, f"{self.name}: {_how(n)}"))
             if n.target is kernel_op:
                 self._kernel(n)
             elif n.target in PRODUCTS:
@@ -216,8 +217,10 @@ class _Body:
         outs = self.outputs(n)
         given, made = iter(ins), iter(outs)
         args = [next(made if a.output else given) for a in k.args]
-        shared = self.parallel and is_large(k)
-        self.emit(f"{self.unit.kernel(k, shared)}({', '.join(args + ['threads'] * shared)});")
+        shared = self.parallel and is_shared(k)
+        name = self.unit.kernel(k, shared)
+        self.unit.rows += placed(n, f"{self.name}: {name}")
+        self.emit(f"{name}({', '.join(args + ['threads'] * shared)});")
 
     def outputs(self, n: Node) -> list[str]:
         """Pointers for all results of a call, read or not."""
@@ -319,7 +322,7 @@ class _Map:
         vals = graph.out_vals
         outputs = [f"out{i}" for i in range(len(vals))]
         given = [None if s else o for s, o in zip(self.sums, outputs, strict=True)]
-        body = _Body(self.unit, graph, inputs, given, False, "  ")
+        body = _Body(self.unit, graph, inputs, given, False, "  ", name)
         body.run()
         for n, v, s, o in zip(graph.outputs, vals, self.sums, outputs, strict=True):
             if s:
@@ -373,9 +376,23 @@ class _Scan:
             f"{outer.pointer(x)} + {step} * {numel(v.shape)}" for x, v in zip(self.xs, ins, strict=True)
         ]
         outputs = [*new, *(f"{y} + {step} * {numel(v.shape)}" for y, v in zip(ys, outs, strict=True))]
-        inner = _Body(outer.unit, prepare(self.body), inputs, outputs, outer.parallel, outer.indent + "  ")
+        name, indent = f"{outer.name}, {self.n.name}", outer.indent + "  "
+        inner = _Body(outer.unit, prepare(self.body), inputs, outputs, outer.parallel, indent, name)
         inner.memory, inner.taken, inner.lines = outer.memory, outer.taken, outer.lines
         inner.run()
+
+
+def _how(n: Node) -> str:
+    """What computes a call that no kernel holds."""
+    if n.target in (map_, scan):
+        return f"a loop over {n.kwargs['length']} {'tasks' if n.target is map_ else 'steps'}"
+    return (
+        "a product"
+        if n.target in PRODUCTS
+        else "a transposition"
+        if n.target is turned
+        else "a move of memory"
+    )
 
 
 def _part(v: Val, at: int, offset: str = "") -> str:
@@ -392,7 +409,9 @@ class Native:
     def __init__(self, name: str, graph: Graph):
         self.name, self.graph = name, graph
         self.vals: tuple[Val, ...] = tuple(graph.out_vals)
-        self.source, self.bytes, self.task_bytes = _source(graph)
+        unit = _Unit()
+        self.source, self.bytes, self.task_bytes = _source(unit, graph)
+        self.rows = unit.rows
         self.entry: Callable | None = None
         self._free: list[Tensor] = []
 
@@ -427,12 +446,7 @@ class Native:
 
     def describe(self) -> str:
         """One line on what it holds."""
-        kinds = {map_: "tasks", scan: "steps"}
-        loops = [
-            f"a loop over {n.kwargs['length']} {kinds[n.target]}"
-            for n in self.graph.nodes
-            if n.target in kinds
-        ]
+        loops = [_how(n) for n in self.graph.nodes if n.target in (map_, scan)]
         calls = sum(not is_free(n) and n.target is not getitem for n in self.graph.nodes) - len(loops)
         return f"{self.name}: {', '.join([*loops, f'{calls} calls outside of loops'])} in C++"
 
@@ -456,9 +470,9 @@ def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _source(graph: Graph) -> tuple[str, int, int]:
+def _source(unit: _Unit, graph: Graph) -> tuple[str, int, int]:
     """The translation unit of a graph, the bytes of its scratch memory, and those of each thread."""
-    unit, prepared = _Unit(), prepare(graph)
+    prepared = prepare(graph)
     inputs = [f"in{i}_{n.name}" for i, n in enumerate(prepared.inputs)]
     outputs = [f"out{i}" for i in range(len(prepared.outputs))]
     body = _Body(unit, prepared, inputs, outputs, True, "  ")

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import linecache
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -23,6 +22,7 @@ from fxfunc.passes.dims import Dim, Size, numel
 from fxfunc.passes.graph import Graph
 
 from .cubin import resources
+from .explain import source_line
 from .fuse import STAND_IN, fuse, kernels_of
 from .launch import Binary
 from .loops import Apply, Const, Index, Instr, Iota, Kernel, Load, Reduce, Store, neutral, value_names
@@ -439,13 +439,6 @@ def _cast(old: torch.dtype, new: torch.dtype) -> str:
     elif new in (torch.float16, torch.bfloat16) and old not in (torch.float32, new):
         steps = ["float32"]
     return "{0}" + "".join(f".to(tl.{t})" for t in [*steps, TYPES[new]])
-
-
-def source_line(where: str) -> str:
-    """`file:line` as `name:line  text of the line`, the text where the file can be read."""
-    file, _, line = where.rpartition(":")
-    text = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
-    return f"{os.path.basename(file)}:{line}  {text}".rstrip()
 
 
 # ---- compile ----

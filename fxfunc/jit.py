@@ -336,9 +336,9 @@ class Compiled:
         return self.signature.outputs(own_memory(self._program.call(inputs), inputs))
 
     def explain(self) -> str:
-        """What the backend made of the program: its native parts, and what is not in them and why, one a line."""
-        made = [p.describe() for p in self._program.programs]
-        return "\n".join([f"backend {self.backend}", *made, *self._program.notes])
+        """A line a call of the program that runs: name, operation, what computes it (a kernel of a C++ program, a loop, ATen),
+        why it is cut from what it reads or why it is ATen's, your line. Views and constants are read where they lie: no line."""
+        return self._program.explain()
 
     def _compile(self, graph: Graph):
         return self._program.call if graph is self._graph else compiled(graph)

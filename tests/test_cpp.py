@@ -30,7 +30,7 @@ from kernel_cases import (
 
 import fxfunc
 from fxfunc.bench import registry
-from fxfunc.codegen import cpp, cxx, partition, tasks
+from fxfunc.codegen import cost, cpp, cxx, tasks
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import ELEMENTWISE
 from fxfunc.passes.errors import BackendError
@@ -46,6 +46,13 @@ def cache(tmp_path_factory):
     yield
     os.environ.pop("FXFUNC_CACHE")
     os.environ |= {} if before is None else {"FXFUNC_CACHE": before}
+
+
+@pytest.fixture
+def loops():
+    """Maps as loops over tasks, little work or not."""
+    with cost.forced(maps="loops"):
+        yield
 
 
 def on_cpp(f, *args):
@@ -214,8 +221,7 @@ def derivatives(api):
 
 @pytest.mark.parametrize("name", derivatives(torch.func))
 @pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad], ids=["grad", "no_grad"])
-def test_derivatives_of_a_map_equal_torch_func(name, guard, monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_derivatives_of_a_map_equal_torch_func(name, guard, loops):
     args = data()
     with guard():
         call = on_cpp(derivatives(fxfunc)[name], *args)
@@ -224,8 +230,7 @@ def test_derivatives_of_a_map_equal_torch_func(name, guard, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 130])
-def test_any_number_of_tasks(count, monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_any_number_of_tasks(count, loops):
     args = data(count)
     call = on_cpp(derivatives(fxfunc)["second order"], *args)
     assert_close(call(*args), derivatives(torch.func)["second order"](*args), 1e-11)
@@ -236,8 +241,7 @@ def test_no_task_at_all():
     assert on_cpp(derivatives(fxfunc)["vmap"], *args)(*args).shape == (0, 50, 3)
 
 
-def test_semantics_21_sums_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_semantics_21_sums_do_not_depend_on_the_number_of_threads(loops):
     args = data(130, F32)
     call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
     (source,) = (p.source for p in call._program.programs)
@@ -286,9 +290,8 @@ def _child(call, args, results):
     results.put([x.tolist() for x in call(*args)])
 
 
-def test_semantics_29_a_forked_child_runs_with_one_thread(monkeypatch):
+def test_semantics_29_a_forked_child_runs_with_one_thread(loops):
     """With two it would wait forever for a thread that was not forked."""
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
     args = data(24)
     call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
     context = multiprocessing.get_context("fork")
@@ -306,8 +309,7 @@ def test_semantics_29_a_forked_child_runs_with_one_thread(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_an_artifact_runs_on_the_eager_backend(tmp_path, monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_an_artifact_runs_on_the_eager_backend(tmp_path, loops):
     args = data()
     call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
     call.save(tmp_path / "f.fx")
@@ -363,8 +365,7 @@ def _total(f):
 @pytest.mark.parametrize("steps", [5, 8])
 @pytest.mark.parametrize("name", nestings(torch.func))
 @pytest.mark.parametrize("f", [_recurrent, _two_carries, _adam], ids=lambda f: f.__name__)
-def test_a_loop_of_steps_equals_torch_func(f, name, steps, monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_a_loop_of_steps_equals_torch_func(f, name, steps, loops):
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(4, 4, generator=g, dtype=F64) / 2, torch.randn(steps, 4, generator=g, dtype=F64)
     call = on_cpp(lambda w, x: nestings(fxfunc)[name](f, w, x), w, x)
@@ -403,8 +404,7 @@ MOVED = {
 
 @pytest.mark.parametrize("name", MOVED)
 @pytest.mark.parametrize("mapped", [False, True], ids=["plain", "vmap(grad)"])
-def test_what_no_kernel_computes_alone_is_in_the_program(name, mapped, monkeypatch):
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+def test_what_no_kernel_computes_alone_is_in_the_program(name, mapped, loops):
     g = torch.Generator().manual_seed(0)
     x, i = torch.randn(5, 3, 4, generator=g, dtype=F64), torch.randint(0, 4, (5, 3, 2), generator=g)
     f = MOVED[name]

@@ -1,0 +1,165 @@
+"""What is worth being C++, and in which form. Entry points: `why_batched`, `why_aten`, `block`, `is_shared`; `forced` overrides.
+
+The model reads shapes alone, so a choice never depends on the machine's load. `python -m fxfunc.bench.choices` measures each
+choice against what it would be otherwise, and keeps the table that these limits answer to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+
+from torch.fx import Node
+
+from fxfunc.passes.dims import numel
+from fxfunc.passes.graph import Graph, Val, getitem, scan
+
+from .loops import Kernel
+from .lower import base, is_free
+from .rows import PRODUCTS
+from .triton import tile_of
+
+ANY, NEVER = 0, sys.maxsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where one form begins to be cheaper than another."""
+
+    small_map: int = (
+        2**20
+    )  # multiplications below which a map is batched: its threads cost more than they save
+    large_product: int = 2**20  # multiplications from which a product is ATen's, whose blocking pays there
+    large_task_product: int = (
+        2**22
+    )  # and inside of a task, where ATen would mean that the whole map is batched
+    # A matrix of so many bytes that all tasks read, each for so few rows, is read once by a batched product.
+    shared_bytes: int = 2**17
+    few_rows: int = 16
+    block_elements: int = (
+        512  # of a value of a task: a block of smaller examples makes up for the overhead of its calls
+    )
+    least_tasks: int = 16  # that blocks leave, to share among threads
+    shared_elements: int = (
+        2**16
+    )  # from which threads share a kernel: fewer are done before the threads have started
+    least_calls: int = 2  # of a program without loops: one call is ATen's, which starts faster
+
+
+# What can be forced, and the limits that force it. What is impossible stays as it is.
+CHOICES: dict[str, dict[str, dict[str, int]]] = {
+    "maps": {"loops": {"small_map": ANY, "shared_bytes": NEVER}, "batched": {"small_map": NEVER}},
+    "products": {
+        "native": {"large_product": NEVER, "large_task_product": NEVER},
+        "aten": {"large_product": ANY, "large_task_product": ANY},
+    },
+    "blocks": {"one": {"block_elements": ANY}, "most": {"block_elements": NEVER}},
+    "calls": {"native": {"least_calls": 1}, "aten": {"least_calls": NEVER}},
+    "threads": {"one": {"shared_elements": NEVER}, "all": {"shared_elements": 2**12}},
+}
+
+MODEL = Limits()
+_limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=MODEL)
+
+
+def limits() -> Limits:
+    """Those in force."""
+    return _limits.get()
+
+
+@contextlib.contextmanager
+def forced(**choices: str) -> Iterator[Limits]:
+    """Compile inside with these choices made, as in `forced(maps="batched", products="aten")`, and the others the model's."""
+    fields = {
+        field: value for kind, choice in choices.items() for field, value in CHOICES[kind][choice].items()
+    }
+    token = _limits.set(dataclasses.replace(limits(), **fields))
+    try:
+        yield limits()
+    finally:
+        _limits.reset(token)
+
+
+# ---- how much there is to do ----
+
+
+def bytes_of(val: Val) -> int:
+    """What a dense value takes."""
+    return numel(val.shape) * val.dtype.itemsize
+
+
+def product_work(n: Node) -> int:
+    """The multiplications of a matrix product."""
+    return numel(n.meta["val"].shape) * n.args[0].meta["val"].shape[-1]
+
+
+def work(graph: Graph) -> int:
+    """About how many multiplications a graph costs."""
+    total = 0
+    for n in graph.nodes:
+        if n.target is scan:
+            total += n.kwargs["length"] * work(n.args[0])
+        elif isinstance(n.meta["val"], Val) and not is_free(n) and n.target is not getitem:
+            total += product_work(n) if n.target in PRODUCTS else numel(n.meta["val"].shape)
+    return total
+
+
+# ---- maps ----
+
+
+def why_batched(body: Graph, length: int, mapped: Sequence[bool]) -> str | None:
+    """Why a map that could be a loop over tasks is better batched, or None."""
+    if work(body) * length < limits().small_map:
+        return "little work"
+    shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
+    large = next((n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)), None)
+    return large and f"{named(large)}: every task would read all of a large matrix"
+
+
+def _streams(n: Node, shared: set[Node]) -> bool:
+    """True for a product of few rows with a matrix that is no task's own and does not stay in cache."""
+    x, y = n.args
+    rows, columns = n.meta["val"].shape[-2:]
+    return any(
+        base(m) in shared and count < limits().few_rows and bytes_of(m.meta["val"]) > limits().shared_bytes
+        for m, count in ((x, columns), (y, rows))
+    )
+
+
+def block(body: Graph, length: int) -> int:
+    """How many examples a task is: a divisor that leaves enough tasks, and values of `block_elements` on average."""
+    sizes = list(_sizes(body))
+    most = min(limits().block_elements * len(sizes) // max(1, sum(sizes)), length // limits().least_tasks)
+    return next((d for d in range(most, 1, -1) if length % d == 0), 1)
+
+
+def _sizes(body: Graph) -> Iterator[int]:
+    """The number of elements of each value that is computed, in loops once."""
+    for n in body.nodes:
+        if n.target is scan:
+            yield from _sizes(n.args[0])
+        elif not is_free(n) and n.target is not getitem:
+            yield numel(n.meta["val"].shape)
+
+
+# ---- calls ----
+
+
+def why_aten(n: Node, inside: bool = False) -> str | None:
+    """Why a call that could be C++ is better ATen's, or None; `inside` of a task."""
+    least = limits().large_task_product if inside else limits().large_product
+    return "a large product" if n.target in PRODUCTS and product_work(n) >= least else None
+
+
+def is_shared(k: Kernel) -> bool:
+    """True for a kernel that threads share."""
+    n = numel([*k.grid, *tile_of(k)])
+    return isinstance(n, int) and n >= limits().shared_elements
+
+
+def named(n: Node) -> str:
+    """A call, for a message."""
+    return f"{n.target} ({n.name}{' at ' + n.meta['source'] if n.meta.get('source') else ''})"
