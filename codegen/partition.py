@@ -1,4 +1,4 @@
-"""Which part of a graph is C++. Entry point: `compile_graph`: the graph with a few `native` nodes, the rest ATen calls.
+"""Which part of a graph is C++. Entry point: `build`: the graph with a few `native` nodes, the rest ATen calls.
 
 Maps of enough work whose bodies are all C++ stay loops over tasks; the others are batched. Scans stay loops. Then as many calls
 as possible are one program.
@@ -53,6 +53,8 @@ LARGE_TASK_PRODUCT = 2**22  # and inside
 SHARED_BYTES, FEW_ROWS = 2**17, 16
 BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
 FOLDED = 2**20  # bytes of a constant that is computed once
+# A program costs as much as two to three ATen calls, and half a second to compile.
+FEW_CALLS, SMALL_VALUE = 3, 2**14
 
 
 @dataclasses.dataclass
@@ -63,6 +65,14 @@ class Built:
     programs: list[Native]
     notes: list[str]
 
+    def compile(self) -> None:
+        """Compile the programs, or find them in the cache."""
+        for p in self.programs:
+            saw_source(p.name, p.source)
+            p.compile()
+        for note in self.notes:
+            log.info("cpp: %s", note)
+
 
 def build(graph: Graph) -> Built:
     """The graph with all that can be C++ in `native` nodes; nothing is compiled yet."""
@@ -70,17 +80,6 @@ def build(graph: Graph) -> Built:
     graph = _opened(merge_maps(dce(graph)), notes)
     graph = saw("tasks", dce(_folded(graph)))
     return _Partition(graph, notes).built()
-
-
-def compile_graph(graph: Graph) -> Built:
-    """`build`, and the programs compiled."""
-    built = build(graph)
-    for p in built.programs:
-        saw_source(p.name, p.source)
-        p.compile()
-    for note in built.notes:
-        log.info("cpp: %s", note)
-    return built
 
 
 def _opened(graph: Graph, notes: list[str]) -> Graph:
@@ -334,8 +333,10 @@ class _Partition:
         inside, self.pending, self.waits = self.pending, [], set()
         if not inside:
             return
-        if len(inside) == 1 and inside[0].target not in (map_, scan):
-            self._get(inside[0])
+        if _is_small(inside):
+            self.notes += [f"{_named(n)} runs in ATen: too little for a program" for n in inside]
+            for n in inside:
+                self._get(n)
             return
         results = [r for n in inside for r in _results(n)]
         members = set(inside)
@@ -376,6 +377,13 @@ class _Partition:
         new = self.env[n] = self.fx.create_node(n.op, n.target, args, kwargs, n.name)
         new.meta.update(n.meta)
         return new
+
+
+def _is_small(calls: list[Node]) -> bool:
+    """True for calls that are no faster as a program: a single one, or so few on small values."""
+    if len(calls) >= FEW_CALLS or any(n.target in (map_, scan) for n in calls):
+        return False
+    return len(calls) == 1 or all(numel(n.meta["val"].shape) < SMALL_VALUE for n in calls)
 
 
 def _results(n: Node) -> list[Node]:
