@@ -177,7 +177,7 @@ def _failed(done: subprocess.CompletedProcess, source: str, draft: Path, log: Pa
     except OSError as e:
         where = f"there is no log, it cannot be written ({e})"
     first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-    return _error(f"{done.args[0]} {how}: {first}; {where}", f"Report it with that log, or use {_EAGER}.")
+    return _error(f"{done.args[0]} {how}: {first}; {where}", f"Report it with what it says, or use {_EAGER}.")
 
 
 def _clean(newest: Path) -> None:

@@ -50,7 +50,7 @@ class Pending:
 
     def __init__(self, graph: Graph, backend: str, target: str):
         self._job = graph, backend, target
-        self._call = compiled(graph)
+        self._call = self._eager = compiled(graph)
         self._done = False
         self._error: Exception | None = None
         self._unsaid: list[Exception] = []

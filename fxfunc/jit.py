@@ -363,6 +363,11 @@ class Compiled:
         return self._program.graph
 
     @property
+    def source(self) -> Graph | None:
+        """The graph that C++ programs were compiled from; None if there are none."""
+        return self._program.source if self._program.programs else None
+
+    @property
     def kernels(self) -> list:
         """The compiled kernels, each with .name .regs .spills .smem .size; none on the eager backend."""
         return self._program.kernels
