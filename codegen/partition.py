@@ -75,7 +75,13 @@ class Built:
 
 
 def build(graph: Graph) -> Built:
-    """The graph with all that can be C++ in `native` nodes; nothing is compiled yet."""
+    """The graph with all that can be C++ in `native` nodes; nothing is compiled yet.
+
+    Of a graph with symbolic sizes that is nothing: the few calls that have none would not be worth spelling the others as C++
+    has them.
+    """
+    if names := sorted({x for v in graph.in_vals for s in v.shape if isinstance(s, Dim) for x in s.names()}):
+        return Built(graph, [], [f"all of it runs in ATen: symbolic sizes ({', '.join(names)})"])
     notes: list[str] = []
     graph = _opened(merge_maps(dce(graph)), notes)
     graph = saw("tasks", dce(_folded(graph)))

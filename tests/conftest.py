@@ -1,5 +1,5 @@
-"""Every graph that a pass or transform makes in a test is verified. Programs are eager unless a test asks for a backend: most
-tests are of graphs, and each C++ program costs half a second. Two calls are a C++ program, so that tests can be of two calls."""
+"""Every graph that a pass or transform makes in a test is verified. Programs are eager unless a test, or FXFUNC_BACKEND, asks for
+a backend: most tests are of graphs, and each C++ program costs half a second. Two calls are one, so that tests can be of two."""
 
 import os
 
@@ -8,4 +8,4 @@ from fxfunc.passes import config
 
 config.VERIFY = True
 partition.FEW_CALLS = 2
-os.environ["FXFUNC_BACKEND"] = "eager"  # for the processes that tests start, too
+os.environ.setdefault("FXFUNC_BACKEND", "eager")  # for the processes that tests start, too
