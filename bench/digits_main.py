@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, help="decides initial weights and tasks (default 0)"
     )
-    parser.add_argument("--backend", choices=["eager", "triton"], help="default: chosen by the target")
+    parser.add_argument("--backend", choices=["eager", "cpp", "triton"], help="default: chosen by the target")
     parser.add_argument(
         "--target", type=target, default="cpu", help="cpu or cuda:NN, GPU or not (default cpu)"
     )
@@ -58,6 +58,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.backend == "triton" and options.target == "cpu":
         parser.error("--backend triton needs --target cuda:NN (as cuda:90)")
+    if options.backend == "cpp" and options.target != "cpu":
+        parser.error("--backend cpp needs --target cpu")
     if options.dump and options.dump.exists() and not options.dump.is_dir():
         parser.error(f"--dump {options.dump}: not a directory")
     return options

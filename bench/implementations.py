@@ -187,7 +187,7 @@ IMPLEMENTATIONS = {
         Implementation("jax", jax_jit, no_jax, imports=JAX, least_imports=JAX),
         Implementation("uncompiled", call_eagerly, here, least_imports=("torch", "fxfunc"), cache=_NO_CACHE),
         ours("eager", _NO_CACHE),
-        ours("cpp", None, "its artifacts run on the eager backend"),
+        ours("cpp", None, "its artifacts are compiled again where they are loaded"),
         ours("triton", None),
     )
 }

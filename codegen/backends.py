@@ -1,44 +1,46 @@
-"""Choosing and running a backend. Entry point: `compile`, from a captured graph to a `Program`."""
+"""Choosing and running a backend. Entry points: `choose` (which), `compile` (from a captured graph to a `Program`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import time
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw, saw_source
-from fxfunc.passes.graph import Graph
+from fxfunc.passes.graph import Graph, Val
 from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.place import place
 
-from . import eager
+from . import cxx, eager
 from .explain import Row, rows_of, table
 
 if TYPE_CHECKING:
     from .launch import Binary
+    from .partition import Built
     from .tasks import Native
-
-BACKENDS = ("eager", "triton", "cpp")
 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled graph: `call` takes flat tensors and gives flat results. `graph` is what the eager backend runs anywhere,
-    `native` the same with `kernels` in it, if there are any."""
+    """A compiled graph: `call` takes flat tensors and gives flat results. `native` is what the eager backend runs anywhere,
+    with `kernels` in it, if there are any."""
 
-    graph: Graph
+    aten: Graph | None  # None: made when asked for
     backend: str
     target: str
     call: Callable | None  # None: made for a device this machine has not
     native: Graph | None = None
     kernels: list[Binary] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    source: Graph | None = None  # what cpp was given: with the loops that its programs are made of
     programs: list[Native] = dataclasses.field(default_factory=list)  # of the cpp backend
     notes: list[str] = dataclasses.field(default_factory=list)  # which maps are batched, and why
     outside: list[Row] = dataclasses.field(default_factory=list)  # calls that stay ATen's there
@@ -48,65 +50,83 @@ class Program:
         lines = [f"backend {self.backend}", *self.notes]
         for p in self.programs:
             lines += [p.describe(), *table(p.rows)]
-        rows = self.outside if self.backend == "cpp" else rows_of(self.native or self.graph)
+        rows = self.outside if self.programs or self.outside else rows_of(self.native or self.graph)
         return "\n".join(
             [*lines, *([f"outside: {len(rows)} calls"] if self.programs and rows else []), *table(rows)]
         )
 
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """What the eager backend runs anywhere. A C++ program needs it only if it is stored or looked at."""
+        return for_aten(lowered(self.source)) if self.aten is None else self.aten
 
-def choose(graph: Graph, backend: str | None, target: str | None) -> tuple[Graph, str, str]:
+    @property
+    def in_vals(self) -> tuple[Val, ...]:
+        """What the inputs are."""
+        return tuple((self.source or self.aten).in_vals)
+
+
+# ---- which one ----
+
+
+def choose(graph: Graph, backend: str | None = None, target: str | None = None) -> tuple[Graph, str, str]:
     """The graph on the target's kind of device, and the backend and target that None stands for."""
-    device = next((v.device.type for v in graph.in_vals), "cpu")
-    backend = backend or ("triton" if (target or device).startswith("cuda") else "eager")
-    if backend not in BACKENDS:
-        raise errors.BackendError(
-            backend=backend, what="no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
-        )
-    target = target or {"triton": default_target, "cpp": lambda: "cpu"}.get(backend, lambda: device)()
+    device = _device_of(graph)
+    backend = backend or default((target or device).partition(":")[0])
+    target = target or _row(backend).target(device)
     check_target(backend, target)
     if device != target.partition(":")[0]:
         graph = saw("place", place(graph, torch.device("cpu" if target == "cpu" else "cuda:0")))
     return graph, backend, target
 
 
-def check_target(backend: str, target: str) -> None:
-    """Raise BackendError for a target that a backend does not know."""
-    known = {"eager": r"cpu|cuda(:\d{2,3})?", "triton": r"cuda:\d{2,3}", "cpp": "cpu"}[backend]
-    if not re.fullmatch(known, str(target)):
+def choose_here(graph: Graph, backend: str | None) -> tuple[str, str]:
+    """Backend and target for tensors where they are. None stands for eager on a GPU: only `compile` makes kernels unasked."""
+    device = _device_of(graph)
+    backend = backend or (default(device) if device == "cpu" else "eager")
+    if _row(backend) is _TABLE["eager"]:
+        return backend, "cpu"  # runs wherever the tensors are
+    target = _row(backend).target(device)
+    if device != target.partition(":")[0]:
         raise errors.BackendError(
             backend=backend,
-            what=f"no such target: {target!r}",
-            instead='Use "cuda:80", "cuda:90" or another compute capability.'
-            if backend == "triton"
-            else 'Use "cpu" or "cuda".'
-            if backend == "eager"
-            else 'Use "cpu".',
+            what=f"the arguments are on {device}, its programs run on {target}",
+            instead="Move them there, or leave the backend out.",
         )
+    return backend, target
 
 
-def compile(graph: Graph, backend: str, target: str) -> Program:
-    """Lower and compile a captured graph for what `choose` gave."""
-    start = time.perf_counter()
-    low = lowered(graph)
-    middle = time.perf_counter()
-    program = (
-        _cpp(graph, low) if backend == "cpp" else (_triton if backend == "triton" else _eager)(low, target)
+def default(device: str) -> str:
+    """The backend that None stands for: on a CPU what FXFUNC_BACKEND names, else cpp if there is a compiler."""
+    if device == "cuda":
+        return "triton"
+    if device != "cpu":
+        return "eager"
+    if named := os.environ.get("FXFUNC_BACKEND"):
+        _row(named, "FXFUNC_BACKEND: ")
+        return named
+    if cxx.compiler() is not None:
+        return "cpp"
+    _say_no_compiler()
+    return "eager"
+
+
+@functools.cache
+def _say_no_compiler() -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"no C++ compiler ({', '.join(cxx.wanted())}) on this machine: programs run on the eager backend, slower. "
+        "Install g++ or set CXX; FXFUNC_BACKEND=eager asks for it and says nothing.",
+        errors.BackendWarning,
+        stacklevel=2,
     )
-    program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
-    return program
 
 
-def _eager(graph: Graph, target: str) -> Program:
-    return eager_program(for_aten(graph), target)
-
-
-def eager_program(graph: Graph, target: str) -> Program:
-    """A program of ATen calls alone."""
-    return Program(graph, "eager", target, eager.emit(graph) if _is_here(target) else None)
-
-
-def _is_here(target: str) -> bool:
-    return target == "cpu" or torch.cuda.is_available()
+def check_target(backend: str, target: str) -> None:
+    """Raise BackendError for a target that a backend does not know."""
+    row = _row(backend)
+    if not re.fullmatch(row.targets, str(target)):
+        raise errors.BackendError(backend=backend, what=f"no such target: {target!r}", instead=row.instead)
 
 
 def default_target() -> str:
@@ -119,30 +139,34 @@ def default_target() -> str:
     return f"cuda:{major}{minor}"
 
 
-def _triton(graph: Graph, target: str) -> Program:
-    from . import triton
-
-    native, kernels = triton.compile_graph(graph, target)
-    saw("fuse", native)
-    for name, binary in kernels.items():
-        saw_source(f"kernel-{name}", binary.source)
-    return with_kernels(for_aten(graph), native, list(kernels.values()), target)
+def _device_of(graph: Graph) -> str:
+    return next((v.device.type for v in graph.in_vals), "cpu")
 
 
-def _cpp(graph: Graph, low: Graph) -> Program:
-    """Maps are loops there, so it takes the graph before they are batched."""
-    from .partition import compile_graph
+def _row(backend: str, where: str = "") -> Backend:
+    if backend not in _TABLE:
+        raise errors.BackendError(
+            backend=backend, what=f"{where}no such backend", instead=f"Use one of {', '.join(BACKENDS)}."
+        )
+    return _TABLE[backend]
 
-    built = compile_graph(graph)
-    return Program(
-        for_aten(low),
-        "cpp",
-        "cpu",
-        eager.emit(built.graph),
-        programs=built.programs,
-        notes=built.notes,
-        outside=built.outside,
-    )
+
+# ---- compiling ----
+
+
+def compile(graph: Graph, backend: str, target: str) -> Program:
+    """Lower and compile a captured graph for what `choose` gave."""
+    start = time.perf_counter()
+    low = _TABLE[backend].lower(graph)
+    middle = time.perf_counter()
+    program = _TABLE[backend].emit(low, graph, target)
+    program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
+    return program
+
+
+def eager_program(graph: Graph, target: str) -> Program:
+    """A program of ATen calls alone."""
+    return Program(graph, "eager", target, eager.emit(graph) if _is_here(target) else None)
 
 
 def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str) -> Program:
@@ -152,3 +176,71 @@ def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str
     launchers = {b.kernel: functools.partial(launch, b) for b in kernels}
     call = eager.emit(native, launchers) if _is_here(target) else None
     return Program(graph, "triton", target, call, native, kernels)
+
+
+def _is_here(target: str) -> bool:
+    return target == "cpu" or torch.cuda.is_available()
+
+
+def _eager(low: Graph, graph: Graph, target: str) -> Program:
+    return eager_program(for_aten(low), target)
+
+
+def _triton(low: Graph, graph: Graph, target: str) -> Program:
+    from . import triton
+
+    native, kernels = triton.compile_graph(low, target)
+    saw("fuse", native)
+    for name, binary in kernels.items():
+        saw_source(f"kernel-{name}", binary.source)
+    return with_kernels(for_aten(low), native, list(kernels.values()), target)
+
+
+def _parted(graph: Graph) -> Built:
+    """Maps are loops in C++, so it takes the graph before they are batched."""
+    from .partition import build
+
+    return build(graph)
+
+
+def _cpp(built: Built, graph: Graph, target: str) -> Program:
+    """A graph of which nothing is C++ runs as the eager backend has it, its own spelling of calls being for C++."""
+    program = Program(
+        None,
+        "cpp",
+        target,
+        None,
+        source=graph,
+        programs=built.programs,
+        notes=built.notes,
+        outside=built.outside,
+    )
+    built.compile()
+    program.call = eager.emit(built.graph if built.programs else program.graph)
+    return program
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A row of the table: the targets it knows, what else to say of one, what None stands for on a kind of device, and the two
+    steps of compiling: passes, and code of what they give."""
+
+    targets: str
+    instead: str
+    target: Callable[[str], str]
+    lower: Callable[[Graph], Any]
+    emit: Callable[[Any, Graph, str], Program]
+
+
+_TABLE = {
+    "eager": Backend(r"cpu|cuda(:\d{2,3})?", 'Use "cpu" or "cuda".', str, lowered, _eager),
+    "triton": Backend(
+        r"cuda:\d{2,3}",
+        'Use "cuda:80", "cuda:90" or another compute capability.',
+        lambda device: default_target(),
+        lowered,
+        _triton,
+    ),
+    "cpp": Backend("cpu", 'Use "cpu".', lambda device: "cpu", _parted, _cpp),
+}
+BACKENDS = tuple(_TABLE)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Node
 
 from fxfunc.passes.dims import numel
-from fxfunc.passes.graph import Graph, Val, getitem, scan
+from fxfunc.passes.graph import Graph, Val, getitem, map_, scan
 
 from .loops import Kernel
 from .lower import base, is_free
@@ -29,24 +29,23 @@ ANY, NEVER = 0, sys.maxsize
 class Limits:
     """Where one form begins to be cheaper than another."""
 
-    small_map: int = (
-        2**20
-    )  # multiplications below which a map is batched: its threads cost more than they save
-    large_product: int = 2**20  # multiplications from which a product is ATen's, whose blocking pays there
-    large_task_product: int = (
-        2**22
-    )  # and inside of a task, where ATen would mean that the whole map is batched
+    # Multiplications below which a map is batched: its threads cost more than they save.
+    small_map: int = 2**20
+    # Multiplications from which a product is ATen's, whose blocking pays there; in a task the whole map would be batched for it.
+    large_product: int = 2**20
+    large_task_product: int = 2**22
     # A matrix of so many bytes that all tasks read, each for so few rows, is read once by a batched product.
     shared_bytes: int = 2**17
     few_rows: int = 16
-    block_elements: int = (
-        512  # of a value of a task: a block of smaller examples makes up for the overhead of its calls
-    )
-    least_tasks: int = 16  # that blocks leave, to share among threads
-    shared_elements: int = (
-        2**16
-    )  # from which threads share a kernel: fewer are done before the threads have started
-    least_calls: int = 2  # of a program without loops: one call is ATen's, which starts faster
+    # Elements of a value of a task: a block of smaller examples makes up for the overhead of its calls ...
+    block_elements: int = 512
+    # ... and tasks that blocks leave, to share among threads.
+    least_tasks: int = 16
+    # Elements from which threads share a kernel: fewer are done before the threads have started.
+    shared_elements: int = 2**16
+    # A program without loops costs as much as two to three ATen calls on small values, and half a second to compile.
+    least_calls: int = 3
+    small_value: int = 2**14
 
 
 # What can be forced, and the limits that force it. What is impossible stays as it is.
@@ -57,7 +56,7 @@ CHOICES: dict[str, dict[str, dict[str, int]]] = {
         "aten": {"large_product": ANY, "large_task_product": ANY},
     },
     "blocks": {"one": {"block_elements": ANY}, "most": {"block_elements": NEVER}},
-    "calls": {"native": {"least_calls": 1}, "aten": {"least_calls": NEVER}},
+    "calls": {"native": {"least_calls": 1}, "aten": {"least_calls": NEVER, "small_value": NEVER}},
     "threads": {"one": {"shared_elements": NEVER}, "all": {"shared_elements": 2**12}},
 }
 
@@ -152,6 +151,13 @@ def why_aten(n: Node, inside: bool = False) -> str | None:
     """Why a call that could be C++ is better ATen's, or None; `inside` of a task."""
     least = limits().large_task_product if inside else limits().large_product
     return "a large product" if n.target in PRODUCTS and product_work(n) >= least else None
+
+
+def is_little(calls: Sequence[Node]) -> bool:
+    """True for calls that are no faster as a program: a single one, or so few on small values."""
+    if len(calls) >= limits().least_calls or any(n.target in (map_, scan) for n in calls):
+        return False
+    return len(calls) == 1 or all(numel(n.meta["val"].shape) < limits().small_value for n in calls)
 
 
 def is_shared(k: Kernel) -> bool:

@@ -7,6 +7,8 @@ them pass a size.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from fxfunc.passes import errors
@@ -26,7 +29,11 @@ FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off"
          "-fno-tree-sink", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC", "-w",
          *os.environ.get("FXFUNC_CXXFLAGS", "").split())  # fmt: skip
 LIMIT = 512 * 2**20  # bytes of objects kept
-_lock = threading.Lock()
+_BUILD, _ABANDONED = "build-", 24 * 3600  # folders of compilers at work, and seconds after which none is
+_EAGER = 'backend="eager" (FXFUNC_BACKEND=eager)'
+# One thread compiles a source, the others wait for it; in a forked child none does.
+_turns: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
+os.register_at_fork(after_in_child=_turns.clear)
 
 
 def folder() -> Path:
@@ -40,8 +47,12 @@ def folder() -> Path:
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, g++ or clang++, whichever there is first."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next(filter(None, map(shutil.which, wanted)), None)
+    return next(filter(None, map(shutil.which, wanted())), None)
+
+
+def wanted() -> list[str]:
+    """What is looked for."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
 
 
 # Functions of libm that libmvec may have for vectors, within 4 ulp.
@@ -51,13 +62,23 @@ PAIRS = ("pow", "atan2")  # of them, those of two arguments
 
 
 @functools.cache
+def _cpu() -> str:
+    """The line of /proc/cpuinfo with the CPU's features; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+
+
+@functools.cache
 def vectorised() -> frozenset[str]:
     """The names in C of the functions that this machine's libmvec has for AVX2; none without either."""
     try:
-        library, cpu = ctypes.CDLL("libmvec.so.1"), Path("/proc/cpuinfo").read_text()
+        library = ctypes.CDLL("libmvec.so.1")
     except OSError:
         return frozenset()
-    if " avx2 " not in cpu:
+    if "avx2" not in _cpu().split():
         return frozenset()
     names = [(f"{name}{f}", _mangled(name, f)) for name in VECTORS for f in ("", "f")]
     return frozenset(name for name, symbol in names if hasattr(library, symbol))
@@ -69,93 +90,113 @@ def _mangled(name: str, f: str) -> str:
 
 
 def load(source: str) -> ctypes.CDLL:
-    """The compiled source, opened; compiled at most once for each process and, the cache kept, each machine."""
+    """The compiled source, opened; compiled at most once for each process and, the cache kept, each machine.
+
+    Raises BackendError with the compiler's first complaint and where its log is; then nothing of the object stays on disk.
+    """
     path = compiler()
     if path is None:
         raise _error(
-            f"no C++ compiler ({os.environ.get('CXX', 'g++, clang++')}) on this machine",
-            "Install g++ or set CXX.",
+            f"no C++ compiler ({', '.join(wanted())}) on this machine, so there is no log",
+            f"Install g++, set CXX, or use {_EAGER}.",
         )
-    with _lock:
-        return _load(source, path)
+    name = hashlib.sha256("\0".join((source, _identity(path), *FLAGS)).encode()).hexdigest()[:32]
+    with _turns[name]:
+        return _load(source, path, folder() / f"{name}.so")
 
 
 @functools.lru_cache(maxsize=1024)
-def _load(source: str, path: str) -> ctypes.CDLL:
-    name = hashlib.sha256("\0".join((source, _identity(path), *FLAGS)).encode()).hexdigest()[:32]
-    found = folder() / f"{name}.so"
+def _load(source: str, path: str, found: Path) -> ctypes.CDLL:
     try:
         found.parent.mkdir(parents=True, exist_ok=True)
-        if not found.exists():
-            _compile(source, path, found)
-        os.utime(found)  # the oldest are those not used for longest
-        return ctypes.CDLL(str(found))
+        if found.exists():
+            try:
+                return _open(found)
+            except OSError:  # cut short when the machine stopped, or removed meanwhile by another process
+                found.unlink(missing_ok=True)
+        _compile(source, path, found)
+        return _open(found)
     except OSError as e:
         raise _error(
-            f"the compiled object {found} cannot be used ({e})", "Set FXFUNC_CACHE to a folder with space."
+            f"the object {found} cannot be written or opened ({e}); there is no log",
+            f"Set FXFUNC_CACHE to a folder with space that can be written, or use {_EAGER}.",
         ) from e
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    with contextlib.suppress(OSError):  # a cache that can only be read
+        os.utime(path)  # the oldest are those not used for longest
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
 def _identity(path: str) -> str:
     """What else an object depends on: the compiler's version and the CPU's features."""
-    version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    try:
-        cpu = next(
-            (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
-        )
-    except OSError:
-        cpu = ""
-    return "\0".join((path, version, cpu, platform.machine(), platform.processor()))
+    version = _run([path, "--version"], None).stdout.partition("\n")[0]
+    return "\0".join((path, version, _cpu(), platform.machine(), platform.processor()))
 
 
 def _compile(source: str, path: str, target: Path) -> None:
-    """Compile to a file of our own beside the target, then rename it; on failure only the log and the source stay."""
-    work = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
+    """Compile in a folder of our own beside the target, the compiler's temporary files too, and move the object out of it."""
+    work = Path(tempfile.mkdtemp(prefix=_BUILD, dir=target.parent))
     try:
         text, made = work / f"{target.stem}.cpp", work / "made.so"
         text.write_text(source)
         libraries = ["-lmvec"] if vectorised() else []
-        done = subprocess.run(
-            [path, *FLAGS, str(text), "-o", str(made), "-lm", *libraries],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        done = _run([path, *FLAGS, str(text), "-o", str(made), "-lm", *libraries], work)
         if done.returncode or not made.exists():
-            raise _failed(done, path, source, target)
+            raise _failed(done, source, work / "log", target.with_suffix(".log"))
         os.replace(made, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _clean(target)
 
 
-def _failed(done: subprocess.CompletedProcess, path: str, source: str, target: Path) -> errors.BackendError:
-    log = target.with_suffix(".log")
+def _run(command: list[str], temporary: Path | None) -> subprocess.CompletedProcess:
+    environment = os.environ | ({"TMPDIR": str(temporary)} if temporary else {})
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    except OSError as e:
+        raise _error(
+            f"{command[0]} cannot be run ({e}); there is no log",
+            f"Set CXX to another compiler, or use {_EAGER}.",
+        ) from e
+
+
+def _failed(done: subprocess.CompletedProcess, source: str, draft: Path, log: Path) -> errors.BackendError:
+    """What to raise for a compiler that made nothing; its log appears whole or not at all."""
     how = (
         f"was killed by signal {-done.returncode}"
         if done.returncode < 0
         else f"failed with {done.returncode}"
     )
-    log.write_text(f"{path} {' '.join(FLAGS)}\n{done.stdout}{done.stderr}\n{source}")
+    try:
+        draft.write_text(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}\n{source}")
+        os.replace(draft, log)
+        where = f"see {log}"
+    except OSError as e:
+        where = f"there is no log, it cannot be written ({e})"
     first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-    return _error(f"{path} {how}: {first}; see {log}", "Report it with that log, or use another backend.")
+    return _error(f"{done.args[0]} {how}: {first}; {where}", f"Report it with what it says, or use {_EAGER}.")
 
 
 def _clean(newest: Path) -> None:
-    """Remove the objects that were not used for longest while there are more than `LIMIT` bytes of them."""
+    """Remove what was not used for longest while there are more than `LIMIT` bytes, and what killed processes left."""
     found = []
     for p in newest.parent.iterdir():
-        try:
-            found.append((p.stat().st_mtime, p.stat().st_size, p)) if p.suffix in (".so", ".log") else None
-        except FileNotFoundError:
-            continue  # another process was first
+        with contextlib.suppress(OSError):  # another process was first
+            used = p.stat()
+            if p.suffix in (".so", ".log"):
+                found.append((used.st_mtime, used.st_size, p))
+            elif p.name.startswith(_BUILD) and used.st_mtime < time.time() - _ABANDONED:
+                shutil.rmtree(p, ignore_errors=True)
     total = sum(size for _, size, _ in found)
     for _, size, p in sorted(found):
         if total <= LIMIT:
             return
         if p != newest:
-            p.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                p.unlink(missing_ok=True)
             total -= size
 
 

@@ -1,4 +1,4 @@
-"""Which part of a graph is C++. Entry point: `compile_graph`: the graph with a few `native` nodes, the rest ATen calls.
+"""Which part of a graph is C++. Entry point: `build`: the graph with a few `native` nodes, the rest ATen calls.
 
 Maps of enough work whose bodies are all C++ stay loops over tasks; the others are batched. Scans stay loops. Then as many calls
 as possible are one program. What is possible is decided here, what is worth it in cost.py.
@@ -64,24 +64,27 @@ class Built:
     notes: list[str]
     outside: list[Row]
 
+    def compile(self) -> None:
+        """Compile the programs, or find them in the cache."""
+        for p in self.programs:
+            saw_source(p.name, p.source)
+            p.compile()
+        for note in (*self.notes, *(f"{r.op} ({r.name}) {r.place}: {r.why}" for r in self.outside)):
+            log.info("cpp: %s", note)
+
 
 def build(graph: Graph) -> Built:
-    """The graph with all that can be C++ in `native` nodes; nothing is compiled yet."""
+    """The graph with all that can be C++ in `native` nodes; nothing is compiled yet.
+
+    Of a graph with symbolic sizes that is nothing: the few calls that have none would not be worth spelling the others as C++
+    has them.
+    """
+    if names := sorted({x for v in graph.in_vals for s in v.shape if isinstance(s, Dim) for x in s.names()}):
+        return Built(graph, [], [f"all of it runs in ATen: symbolic sizes ({', '.join(names)})"], [])
     notes: list[str] = []
     graph = _opened(merge_maps(dce(draws_first(graph))), notes)
     graph = saw("tasks", dce(_folded(graph)))
     return _Partition(graph, notes).built()
-
-
-def compile_graph(graph: Graph) -> Built:
-    """`build`, and the programs compiled."""
-    built = build(graph)
-    for p in built.programs:
-        saw_source(p.name, p.source)
-        p.compile()
-    for note in (*built.notes, *(f"{r.op} ({r.name}) {r.place}: {r.why}" for r in built.outside)):
-        log.info("cpp: %s", note)
-    return built
 
 
 def _opened(graph: Graph, notes: list[str]) -> Graph:
@@ -299,9 +302,9 @@ class _Partition:
         inside, self.pending, self.waits = self.pending, [], set()
         if not inside:
             return
-        if len(inside) < cost.limits().least_calls and not any(n.target in (map_, scan) for n in inside):
+        if cost.is_little(inside):
             for n in inside:
-                self._outside(n, "too few calls for a program")
+                self._outside(n, "too little for a program")
                 self._get(n)
             return
         results = [r for n in inside for r in _results(n)]

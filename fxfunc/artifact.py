@@ -1,8 +1,9 @@
 """Artifacts: a compiled function in one zip file. Entry points: `save`, `load`, `check`.
 
 Members: manifest.json (format, versions, signature, captures, backend, target, size and sha256 of every other member),
-graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), and for a GPU
-native.json (the same graph with kernels in it) and kernels/NAME/ (cubin, PTX, source, what a launch needs).
+graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), for a GPU
+native.json (the same graph with kernels in it) and kernels/NAME/ (cubin, PTX, source, what a launch needs), and for C++ programs
+source.json (the graph before maps are batched, from which they are compiled where the file is loaded).
 There is no pickle and no Python in it, and `load` runs no native code from it unless told to trust it. Digests are checked
 before anything else is read. With a key, an HMAC-SHA256 over the manifest proves who wrote it.
 """
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.codegen import backends, serial
 from fxfunc.passes import errors
+from fxfunc.passes.verify import verify
 
 from .entry import no_collection
 from .jit import Capture, Compiled
@@ -31,6 +33,7 @@ from .signature import TENSOR, Signature
 
 FORMAT = 1
 _MANIFEST, _MAC, _GRAPH, _NATIVE = "manifest.json", "manifest.hmac", "graph.json", "native.json"
+_SOURCE = "source.json"
 _LARGEST_MANIFEST = 64 << 20
 _LARGEST_RATIO = 500  # of a text to its compressed form; what is written here stays well below
 
@@ -68,7 +71,7 @@ def save(compiled: Compiled, path, *, captures: str = "error", key: bytes | None
 
 def _members(compiled: Compiled) -> tuple[dict[str, bytes], dict]:
     constants: list[torch.Tensor] = []
-    graphs = {_GRAPH: compiled.graph, _NATIVE: compiled.native}
+    graphs = {_GRAPH: compiled.graph, _NATIVE: compiled.native, _SOURCE: compiled.source}
     members = {
         name: json.dumps(serial.dump(graph, constants)).encode() for name, graph in graphs.items() if graph
     }
@@ -226,14 +229,17 @@ def load(
     trust: bool = False,
     backend: str | None = None,
 ) -> Compiled:
-    """The compiled function of an artifact; no capture, no pass, no compile.
+    """The compiled function of an artifact; no capture, and unless `loaded_as` is "rebuilt" no pass and no compile.
 
     captures: tensors to bind in place of stored ones, by name. key: require a manifest signed with it.
     trust, or a key that fits, allows native code from the file; without, it runs on the eager backend.
-    backend: "eager", or "triton" to rebuild kernels here. Raises ArtifactError naming what is wrong.
+    backend: "eager", or "triton" and "cpp" to compile it here. None: one with C++ programs is compiled here, if cpp is what
+    FXFUNC_BACKEND and the machine's compiler make the default. Raises ArtifactError naming what is wrong.
     """
     path = os.fspath(path)
     manifest, members = _read(path, key)
+    if backend is None and _SOURCE in members and backends.default("cpu") == "cpp":
+        backend = "cpp"
     try:
         constants = [
             _tensor(members[f"constants/{i}"], *spec) for i, spec in enumerate(manifest["constants"])
@@ -244,6 +250,10 @@ def load(
         _check_counts(graph, signature, manifest["captures"], stored)
         target = manifest["target"]
         backends.check_target("triton" if _NATIVE in members else "eager", target)
+        if backend == "cpp" and _SOURCE in members:
+            graph = serial.load(json.loads(members[_SOURCE]), literals)
+            verify(graph, "load")  # C++ trusts the shapes
+            _check_counts(graph, signature, manifest["captures"], stored)
         if backend is not None:
             program = None
         elif _NATIVE in members and (trust or key is not None):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfunc.codegen import eager
+from fxfunc.codegen import backends
 from fxfunc.passes import errors
 from fxfunc.passes.concrete import Concrete
 from fxfunc.passes.dump import saw
@@ -23,7 +23,6 @@ from fxfunc.passes.graph import Graph, Val, root
 from fxfunc.passes.infer import rewriting
 from fxfunc.passes.linearize import linearize
 from fxfunc.passes.linearize import vjp as emit_vjp
-from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.record import Builder
 from fxfunc.passes.reroll import reroll
 from fxfunc.passes.rules.region import transposed
@@ -173,9 +172,9 @@ def execute(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor | No
 
 
 @rewriting
-def compiled(graph: Graph):
-    """A graph as a callable on flat tensors, by the eager backend; equal graphs share it."""
-    return eager.emit(for_aten(lowered(graph)))
+def compiled(graph: Graph, backend: str = "eager", target: str = "cpu"):
+    """A graph as a callable on flat tensors; equal graphs share it."""
+    return backends.compile(graph, backend, target).call
 
 
 def run(graph: Graph, compile_, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -20,6 +20,7 @@ from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Val, typed
 from fxfunc.passes.tracer import current, val_of
 
+from .background import Background
 from .capture import (
     Captured,
     capture,
@@ -70,9 +71,9 @@ def spec(example: torch.Tensor, dims: dict[int, Dim]) -> Spec:
 class _Entry:
     """One compiled signature: its graph, what it closes over, and what must not have changed."""
 
-    def __init__(self, captured: Captured, guards: Guards):
-        self.captured, self.guards = captured, guards
-        self.call = compiled(captured.graph)
+    def __init__(self, captured: Captured, guards: Guards, compile_: Callable):
+        self.captured, self.guards, self.compile = captured, guards, compile_
+        self.call = compile_(captured.graph)
         places = {id(t): first for _, _, t, _, first in guards.tensors}
         self.places = [places.get(id(t)) for t in captured.captures]
 
@@ -82,20 +83,42 @@ class _Entry:
         return None if found is None else [found[i] for i in self.places]
 
 
-def jit(f: Callable, *, static_argnums=(), static_argnames=(), cache_size: int | None = 128) -> Callable:
+def jit(
+    f: Callable,
+    *,
+    static_argnums=(),
+    static_argnames=(),
+    cache_size: int | None = 128,
+    backend: str | None = None,
+    background: bool = False,
+) -> Callable:
     """`f` compiled per signature: structure, shapes, strides, dtypes, devices, plain values and global modes.
 
     Plain (non-tensor) leaves are part of the signature; static arguments are whole values, hashed. Tensors and values that
     `f` closes over are read again at every call: a rebound tensor of the same signature is used, any other change captures
     again. Writes to arguments and closures happen. Inside another transform `f` becomes part of that capture.
     `.lower(*args)` gives a `Lowered`, `.cache_info()` hits and misses, `.clear_cache()` forgets.
+
+    backend: "eager", "cpp" or "triton", for `f` and for what ordinary autograd takes of it. None: FXFUNC_BACKEND, else cpp on
+    a CPU with a C++ compiler, else eager. The first call of a signature compiles, and raises BackendError if that fails.
+    background: a thread compiles, and calls are answered by the eager backend until it is done; a failure is a BackendWarning at
+    the next call. `.wait()` returns when all is compiled, or raises.
     """
-    return _Jit(f, static_argnums, static_argnames, cache_size)
+    return _Jit(f, static_argnums, static_argnames, cache_size, backend=backend, background=background)
 
 
 class _Jit:
-    def __init__(self, f, static_argnums=(), static_argnames=(), cache_size=None, strict=False):
-        self.strict = strict
+    def __init__(
+        self,
+        f,
+        static_argnums=(),
+        static_argnames=(),
+        cache_size=None,
+        strict=False,
+        backend=None,
+        background=False,
+    ):
+        self.strict, self.backend, self.background = strict, backend, background
         functools.update_wrapper(self, f, updated=())
         self.function = f
         self.static_argnums = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
@@ -152,7 +175,7 @@ class _Jit:
                 grad=torch.is_grad_enabled(),
                 writable=lambda i: True,
             )
-            entry, closures = _Entry(captured, guards), captured.captures
+            entry, closures = _Entry(captured, guards, self._compiler(captured.graph)), captured.captures
         with self._lock:
             self._hits, self._misses = self._hits + hit, self._misses + (not hit)
             self._entries[key] = entry
@@ -160,6 +183,21 @@ class _Jit:
             while self.cache_size is not None and len(self._entries) > self.cache_size:
                 self._entries.popitem(last=False)
         return entry, closures
+
+    def _compiler(self, graph: Graph) -> Callable:
+        """What makes callables of a graph and of the derivatives of it that ordinary autograd asks for."""
+        backend, target = backends.choose_here(graph, self.backend)
+        if self.background and backend != "eager":
+            return Background(backend, target)
+        return lambda g: compiled(g, backend, target)
+
+    def wait(self) -> None:
+        """Return when all that was called so far is compiled, or raise what failed; see `background`."""
+        with self._lock:
+            found = [entry.compile for entry in self._entries.values()]
+        for compile_ in found:
+            if isinstance(compile_, Background):
+                compile_.wait()
 
     def _static(self, args, kwargs):
         """(function of the other arguments, these, the static ones by position or name)."""
@@ -202,12 +240,12 @@ class _Jit:
                 TENSOR if t else x for t, x in zip(captured.tensor_flags, captured.out_leaves, strict=True)
             ),
         )
-        return Lowered(captured, signature, {"capture": time.perf_counter() - start})
+        return Lowered(captured, signature, {"capture": time.perf_counter() - start}, self.backend)
 
 
 def _compile_with(entry: _Entry):
     graph, call = entry.captured.graph, entry.call
-    return lambda g: call if g is graph else compiled(g)
+    return lambda g: call if g is graph else entry.compile(g)
 
 
 def _leaf_key(x):
@@ -263,7 +301,14 @@ class Lowered:
     """A captured function: `.graph` (after the transforms, before any backend), `.compile(...)` and `.captures`, the tensors it
     closes over (name, shape, dtype, the user's line, the tensor)."""
 
-    def __init__(self, captured: Captured, signature: Signature, timings: dict[str, float]):
+    def __init__(
+        self,
+        captured: Captured,
+        signature: Signature,
+        timings: dict[str, float],
+        backend: str | None = None,
+    ):
+        self._backend = backend
         self.graph: Graph = captured.graph
         self.signature, self.timings = signature, timings
         nodes = self.graph.inputs[len(signature.in_vals) :]
@@ -278,11 +323,12 @@ class Lowered:
 
     @no_collection()
     def compile(self, backend: str | None = None, target: str | None = None) -> Compiled:
-        """Compile for a backend ("eager", "cpp", "triton"; None: eager or triton, by device) and target ("cpu", "cuda:90").
+        """Compile for a backend ("eager", "cpp", "triton") and target ("cpu", "cuda:90").
 
-        Raises BackendError naming what the backend cannot take.
+        backend None: that of the function, else triton for a GPU, and for a CPU what FXFUNC_BACKEND names, else cpp if there is a
+        compiler, else eager. Raises BackendError naming what the backend cannot take.
         """
-        graph, backend, target = backends.choose(self.graph, backend, target)
+        graph, backend, target = backends.choose(self.graph, backend or self._backend, target)
         program = backends.compile(graph, backend, target)
         vals = tuple(graph.in_vals)
         signature = dataclasses.replace(self.signature, in_vals=vals[: len(self.signature.in_vals)])
@@ -307,9 +353,19 @@ class Compiled:
         self._program, self.signature, self.captures, self._graph = program, signature, captures, graph
         self.timings, self.loaded_as = timings, loaded_as
         self.backend, self.target = program.backend, program.target
-        self.graph, self.native = program.graph, program.native
-        vals = program.graph.in_vals[len(signature.in_vals) :]
+        self.native = program.native
+        vals = program.in_vals[len(signature.in_vals) :]
         self._closed = program.call and [c.tensor.to(v.device) for c, v in zip(captures, vals, strict=True)]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph as ATen calls, which the eager backend runs anywhere."""
+        return self._program.graph
+
+    @property
+    def source(self) -> Graph | None:
+        """The graph that C++ programs were compiled from; None if there are none."""
+        return self._program.source if self._program.programs else None
 
     @property
     def kernels(self) -> list:
@@ -341,7 +397,7 @@ class Compiled:
         return self._program.explain()
 
     def _compile(self, graph: Graph):
-        return self._program.call if graph is self._graph else compiled(graph)
+        return self._program.call if graph is self._graph else compiled(graph, self.backend, self.target)
 
     def save(self, path, *, captures: str = "error", key: bytes | None = None) -> None:
         """Write an artifact, atomically. See `fxfunc.artifact.save`."""

@@ -81,7 +81,8 @@ class _Kept(_Jit):
     """The graphs of one nest of transforms of one function."""
 
     def __init__(self, body: Callable):
-        super().__init__(body, cache_size=SIGNATURES, strict=True)
+        # Eager: such a function is called once or a few times.
+        super().__init__(body, cache_size=SIGNATURES, strict=True, backend="eager")
         self.hopeless, self._vain = False, 0
 
     def _entry(self, key, *rest):

@@ -160,4 +160,12 @@ class InvalidGraph(FxfuncError, AssertionError):
     fix = "This is a fault of fxfunc: please report it with the dump written by FXFUNC_DUMP=dir."
 
 
-__all__ = [name for name, x in list(globals().items()) if isinstance(x, type) and issubclass(x, FxfuncError)]
+class BackendWarning(UserWarning):
+    """A backend other than the wished-for one answers, and why."""
+
+
+__all__ = [
+    name
+    for name, x in list(globals().items())
+    if isinstance(x, type) and issubclass(x, (FxfuncError, BackendWarning))
+]

@@ -309,16 +309,6 @@ def test_semantics_29_a_forked_child_runs_with_one_thread(loops):
         torch.set_num_threads(before)
 
 
-def test_an_artifact_runs_on_the_eager_backend(tmp_path, loops):
-    args = data()
-    call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
-    call.save(tmp_path / "f.fx")
-    loaded = fxfunc.load(tmp_path / "f.fx")
-    assert loaded.backend == "eager"
-    with torch.no_grad():
-        assert_close(loaded(*args), call(*args), 1e-12)
-
-
 # ---- loops of steps ----
 
 
@@ -567,18 +557,88 @@ def test_an_error_names_the_log_and_leaves_nothing_half_written(own_cache):
     assert "int main( {" in next(own_cache.iterdir()).read_text()
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [("kill -9 $$", "killed by signal 9"), ("echo x > /dev/full", "failed"), ("exit 0", "failed")],
-)
-def test_a_compiler_that_dies(how, said, own_cache, monkeypatch):
-    own_cache.mkdir(parents=True)
-    monkeypatch.setenv(
-        "CXX", script(own_cache.parent / "broken", f'[ "$1" = --version ] && echo 1 && exit 0\n{how}\n')
-    )
-    with pytest.raises(BackendError, match=said):
+BROKEN = {  # compiler -> what is said of it
+    "kill -9 $$": "killed by signal 9: no message; see",
+    "echo x > /dev/full": "failed with [12]: .*; see",
+    "exit 0": "failed with 0: no message; see",
+    "echo 'fatal error: No space left on device' >&2; exit 1": "No space left on device; see",
+    'echo half > "$TMPDIR/made.so"; exit 1': "failed with 1: no message; see",
+}
+
+
+def broken(folder, how):
+    return script(folder / "broken", f'[ "$1" = --version ] && echo 1 && exit 0\n{how}\n')
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_compiler_that_dies(how, own_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", broken(tmp_path, how))
+    with pytest.raises(BackendError, match=BROKEN[how]) as raised:
         cxx.load(SOURCE % 2)
-    assert not list(own_cache.glob("*.so")) and not list(own_cache.glob("build-*"))
+    (log,) = own_cache.iterdir()
+    assert log.suffix == ".log" and str(log) in str(raised.value) and "answer" in log.read_text()
+    monkeypatch.delenv("CXX")
+    assert cxx.load(SOURCE % 2).answer() == 2
+
+
+def test_a_compiler_that_cannot_be_run(own_cache, tmp_path, monkeypatch):
+    (tmp_path / "no").write_bytes(b"\x7fELF")
+    (tmp_path / "no").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "no"))
+    with pytest.raises(BackendError, match="cannot be run .*; there is no log"):
+        cxx.load(SOURCE % 2)
+
+
+def test_a_cache_that_is_no_folder(tmp_path, own_cache, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FXFUNC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match="cannot be written or opened .*; there is no log.*FXFUNC_CACHE"):
+        cxx.load(SOURCE % 5)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from fxfunc.codegen import cxx
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+try:
+    cxx.load("// " + "x" * 3000 + '\\nextern "C" int answer() { return 6; }\\n')
+except cxx.errors.BackendError as problem:
+    print(problem)
+print(*sorted(p.suffix or p.name for p in cxx.folder().iterdir()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "said", "left"),
+    [(1000, "there is no log", ""), (6000, "; see ", ".log")],
+    ids=["not even the source", "the source and the log, not the object"],
+)
+def test_a_full_disk_leaves_nothing_half_written(limit, said, left, own_cache):
+    run = subprocess.run([sys.executable, "-c", FULL, str(limit)], capture_output=True, text=True)
+    *problem, listed = run.stdout.split("\n")[:-1]
+    assert said in "".join(problem), run
+    assert listed == left
+    assert cxx.load(SOURCE % 6).answer() == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF"], ids=["empty", "cut short"])
+def test_an_object_cut_short_is_made_again(content, own_cache):
+    cxx.load(SOURCE % 7)
+    (made,) = own_cache.iterdir()
+    made.unlink()  # not written over: it is mapped
+    made.write_bytes(content)
+    cxx._load.cache_clear()
+    assert cxx.load(SOURCE % 7).answer() == 7
+
+
+def test_what_killed_processes_left_is_removed(own_cache):
+    (own_cache / "build-old").mkdir(parents=True)
+    (own_cache / "build-new").mkdir()
+    os.utime(own_cache / "build-old", (0, 0))
+    cxx.load(SOURCE % 8)
+    assert sorted(p.name for p in own_cache.glob("build-*")) == ["build-new"]
 
 
 def test_an_object_is_compiled_once(own_cache, monkeypatch):

@@ -1,0 +1,346 @@
+"""Which backend answers when none is named, compiling in the background, and artifacts of C++ programs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+import fxfunc
+from fxfunc import errors
+from fxfunc.codegen import backends, cxx, partition
+
+pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
+X = torch.linspace(-1, 2, 7, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXFUNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def as_for_users(monkeypatch):
+    """Without what conftest.py sets for the other tests."""
+    monkeypatch.delenv("FXFUNC_BACKEND")
+    monkeypatch.setattr(partition, "FEW_CALLS", 3)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The names of the programs that were built, one by one."""
+    names, load = [], cxx.load
+
+    def counted(source):
+        names.append(source)
+        return load(source)
+
+    monkeypatch.setattr(cxx, "load", counted)
+    return names
+
+
+def chain(number: float):
+    """A function of three calls, which differs by a number from those of other tests: equal graphs share a callable."""
+    return lambda x: (x * number).sin().exp() * x
+
+
+# ---- the default ----
+
+
+def test_a_compiler_makes_cpp_the_default(built):
+    compiled = fxfunc.jit(chain(1.5)).lower(X).compile()
+    assert (compiled.backend, compiled.target, len(built)) == ("cpp", "cpu", 1)
+    torch.testing.assert_close(compiled(X), chain(1.5)(X), rtol=1e-12, atol=0)
+
+
+def test_calls_of_jit_are_compiled_too(built):
+    f = fxfunc.jit(chain(2.5))
+    torch.testing.assert_close(f(X), chain(2.5)(X), rtol=1e-12, atol=0)
+    assert len(built) == 1
+    f(X + 1)
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("how", ["environment", "argument"])
+def test_eager_can_be_asked_for(how, built, monkeypatch):
+    if how == "environment":
+        monkeypatch.setenv("FXFUNC_BACKEND", "eager")
+    f = fxfunc.jit(chain(3.5), backend=None if how == "environment" else "eager")
+    f(X)
+    assert f.lower(X).compile().backend == "eager" and not built
+
+
+def test_an_argument_goes_before_the_environment(built, monkeypatch):
+    monkeypatch.setenv("FXFUNC_BACKEND", "eager")
+    fxfunc.jit(chain(4.5), backend="cpp")(X)
+    assert len(built) == 1
+
+
+def test_a_backend_that_there_is_not_is_named(monkeypatch):
+    with pytest.raises(errors.BackendError, match="'jax': no such backend.*eager, triton, cpp"):
+        fxfunc.jit(torch.sin, backend="jax")(X)
+    monkeypatch.setenv("FXFUNC_BACKEND", "jax")
+    for call in (fxfunc.jit(torch.sin), lambda x: fxfunc.jit(torch.sin).lower(x).compile()):
+        with pytest.raises(errors.BackendError, match="FXFUNC_BACKEND: no such backend"):
+            call(X)
+
+
+def test_arguments_elsewhere_than_the_backend_are_refused():
+    with pytest.raises(errors.BackendError, match="the arguments are on meta"):
+        fxfunc.jit(torch.sin, backend="cpp")(X.to("meta"))
+    assert fxfunc.jit(torch.sin)(X.to("meta")).device.type == "meta"
+
+
+def test_no_compiler_is_said_once(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    backends._say_no_compiler.cache_clear()
+    with pytest.warns(errors.BackendWarning, match="no C\\+\\+ compiler .*/nowhere/g"):
+        assert fxfunc.jit(chain(5.5)).lower(X).compile().backend == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxfunc.jit(chain(6.5))(X)
+
+
+def test_uncompiled_transforms_stay_eager(built):
+    f = chain(7.5)
+    fxfunc.grad(lambda x: f(x).sum())(X)
+    fxfunc.vmap(f)(X)
+    fxfunc.grad(lambda x: fxfunc.jit(f)(x).sum())(X)
+    assert not built
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        torch.sin,
+        lambda x: x.sin() * 2,
+        lambda x: x,
+        lambda x: x.reshape(7, 1).expand(7, 2),
+        lambda x: x.cumsum(0).sort().values,
+        lambda x: x @ x,
+    ],
+    ids=["one call", "two calls", "nothing", "views", "not C++", "a product"],
+)
+def test_what_has_nothing_to_gain_is_not_compiled(f, built):
+    compiled = fxfunc.jit(f).lower(X).compile()
+    assert not built and compiled.backend == "cpp"
+    torch.testing.assert_close(compiled(X), f(X), rtol=0, atol=0)
+
+
+def test_two_calls_on_large_values_are_compiled(built):
+    fxfunc.jit(lambda x: x.sin() * 2.25)(torch.zeros(partition.SMALL_VALUE))
+    assert len(built) == 1
+
+
+def test_symbolic_sizes_run_as_the_eager_backend_has_them(built):
+    spec = fxfunc.spec(X, {0: fxfunc.Dim("n")})
+    f = lambda x: torch.softmax(x * 8.5, 0)  # expanded for C++, a single call of ATen
+    lowered = fxfunc.jit(f).lower(spec)
+    compiled, eager = lowered.compile(), lowered.compile(backend="eager")
+    assert not built and "symbolic sizes" in compiled.explain()
+    assert compiled.graph == eager.graph
+    for x in (X, X[:0], X.repeat(3)):
+        assert torch.equal(compiled(x), eager(x))
+
+
+# ---- derivatives ----
+
+
+@pytest.mark.parametrize("how", ["jit", "compiled"])
+def test_a_derivative_by_ordinary_autograd_is_compiled_too(how, built):
+    f = chain(9.5 if how == "jit" else 10.5)
+    x = X.clone().requires_grad_()
+    call = fxfunc.jit(f) if how == "jit" else fxfunc.jit(f).lower(X).compile()
+    (g,) = torch.autograd.grad(call(x).sum(), x)
+    before = len(built)
+    torch.testing.assert_close(g, torch.autograd.grad(f(x).sum(), x)[0], rtol=1e-12, atol=1e-12)
+    assert before >= 2  # with residuals, and backward
+    (g,) = torch.autograd.grad(call(x).sum(), x)
+    assert len(built) == before
+
+
+def test_second_order_by_ordinary_autograd():
+    x = X.clone().requires_grad_()
+
+    def second(f):
+        (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(fxfunc.jit(chain(11.5))), second(chain(11.5)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_jit_of_nested_transforms(built):
+    f = chain(12.5)
+    hessians = lambda api: api.vmap(api.hessian(lambda v: f(v).sum()))
+    xs = torch.stack([X, X + 1, X - 1])
+    torch.testing.assert_close(
+        fxfunc.jit(hessians(fxfunc))(xs), hessians(torch.func)(xs), rtol=1e-10, atol=1e-10
+    )
+    assert built
+
+
+# ---- in the background ----
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Compiling waits until it is set."""
+    opened, load = threading.Event(), cxx.load
+
+    def gated(source):
+        assert opened.wait(60)
+        return load(source)
+
+    monkeypatch.setattr(cxx, "load", gated)
+    yield opened
+    opened.set()
+
+
+def test_the_eager_backend_answers_until_the_program_is_there(gate, built):
+    f = fxfunc.jit(chain(13.5), background=True)
+    assert torch.equal(f(X), chain(13.5)(X))
+    assert not built
+    gate.set()
+    f.wait()
+    assert len(built) == 1
+    pending = next(iter(f._entries.values())).call
+    assert pending._call is not pending._eager
+    torch.testing.assert_close(f(X), chain(13.5)(X), rtol=1e-12, atol=0)
+
+
+def test_derivatives_are_compiled_in_the_background_too(gate, built):
+    f, x = fxfunc.jit(chain(14.5), background=True), X.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(chain(14.5)(x).sum(), x)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(f(x).sum(), x)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        gate.set()
+        f.wait()
+    assert len(built) >= 3  # the function, with residuals, backward
+
+
+def test_many_threads_call_while_it_compiles(built):
+    f, found = fxfunc.jit(chain(15.5), background=True), []
+
+    def work():
+        for i in range(20):
+            found.append((i, f(X + i)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    f.wait()
+    assert len(found) == 160
+    for i, y in found:
+        torch.testing.assert_close(y, chain(15.5)(X + i), rtol=1e-12, atol=0)
+
+
+def test_a_failure_in_the_background_is_said_once(monkeypatch):
+    def fail(source):
+        raise errors.BackendError(backend="cpp", what="no luck", instead="Try again.")
+
+    monkeypatch.setattr(cxx, "load", fail)
+    f = fxfunc.jit(chain(16.5), background=True)
+    f(X)
+    with pytest.raises(errors.BackendError, match="no luck"):
+        f.wait()
+    with pytest.warns(errors.BackendWarning, match="eager backend goes on: .*no luck"):
+        f(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(f(X), chain(16.5)(X))
+
+
+def test_without_the_background_a_failure_is_raised(monkeypatch):
+    def fail(source):
+        raise errors.BackendError(backend="cpp", what="no luck", instead="Try again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cxx, "load", fail)
+        f = fxfunc.jit(chain(17.5))
+        with pytest.raises(errors.BackendError, match="no luck"):
+            f(X)
+    torch.testing.assert_close(f(X), chain(17.5)(X), rtol=1e-12, atol=0)
+
+
+def test_a_forked_child_compiles_what_the_thread_has_not(gate):
+    f = fxfunc.jit(chain(18.5), background=True)
+    f(X)
+    child = os.fork()
+    if not child:  # pragma: no cover
+        gate.set()
+        f.wait()
+        pending = next(iter(f._entries.values())).call
+        os._exit(0 if pending._call is not pending._eager else 1)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        pytest.fail("the child waits for a thread that it has not")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_waiting_without_a_background_returns():
+    f = fxfunc.jit(chain(19.5), backend="eager", background=True)
+    f.wait()
+    f(X)
+    f.wait()
+
+
+# ---- artifacts ----
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """A map that stays a loop in C++, with what it is called on."""
+    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    xs = torch.stack([X, X + 1, X - 1])
+    return fxfunc.vmap(fxfunc.grad(lambda v: chain(20.5)(v).sum())), xs
+
+
+def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
+    f, xs = mapped
+    compiled = fxfunc.jit(f).lower(xs).compile()
+    assert "a loop over 3 tasks" in compiled.explain()
+    compiled.save(tmp_path / "f.zip")
+    loaded = fxfunc.load(tmp_path / "f.zip")
+    assert (loaded.backend, loaded.loaded_as) == ("cpp", "rebuilt")
+    assert loaded.explain() == compiled.explain()
+    with torch.no_grad():
+        assert torch.equal(loaded(xs), compiled(xs))
+    loaded.save(tmp_path / "again.zip")
+    assert fxfunc.load(tmp_path / "again.zip").explain() == compiled.explain()
+
+
+@pytest.mark.parametrize("how", ["argument", "environment", "no compiler"])
+def test_a_stored_program_runs_on_the_eager_backend_elsewhere(how, mapped, tmp_path, monkeypatch):
+    f, xs = mapped
+    fxfunc.jit(f).lower(xs).compile().save(tmp_path / "f.zip")
+    if how == "environment":
+        monkeypatch.setenv("FXFUNC_BACKEND", "eager")
+    if how == "no compiler":
+        monkeypatch.setenv("CXX", "/nowhere/g++")
+        backends._say_no_compiler.cache_clear()
+        with pytest.warns(errors.BackendWarning):
+            loaded = fxfunc.load(tmp_path / "f.zip")
+    else:
+        loaded = fxfunc.load(tmp_path / "f.zip", backend="eager" if how == "argument" else None)
+    assert (loaded.backend, loaded.loaded_as) == ("eager", "rebuilt" if how == "argument" else "eager")
+    torch.testing.assert_close(loaded(xs), f(xs), rtol=1e-12, atol=1e-12)
+
+
+def test_an_artifact_with_no_program_loads_at_once(tmp_path):
+    fxfunc.jit(torch.sin).lower(X).compile().save(tmp_path / "f.zip")
+    assert fxfunc.load(tmp_path / "f.zip").loaded_as == "eager"
