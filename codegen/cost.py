@@ -56,7 +56,11 @@ CHOICES: dict[str, dict[str, dict[str, int]]] = {
         "aten": {"large_product": ANY, "large_task_product": ANY},
     },
     "blocks": {"one": {"block_elements": ANY}, "most": {"block_elements": NEVER}},
-    "calls": {"native": {"least_calls": 1}, "aten": {"least_calls": NEVER, "small_value": NEVER}},
+    "calls": {
+        "native": {"least_calls": 1},
+        "pairs": {"least_calls": 2},
+        "aten": {"least_calls": NEVER, "small_value": NEVER},
+    },
     "threads": {"one": {"shared_elements": NEVER}, "all": {"shared_elements": 2**12}},
 }
 

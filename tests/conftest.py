@@ -3,9 +3,16 @@ a backend: most tests are of graphs, and each C++ program costs half a second. T
 
 import os
 
-from fxfunc.codegen import partition
+import pytest
+
+from fxfunc.codegen import cost
 from fxfunc.passes import config
 
 config.VERIFY = True
-partition.FEW_CALLS = 2
 os.environ.setdefault("FXFUNC_BACKEND", "eager")  # for the processes that tests start, too
+
+
+@pytest.fixture(autouse=True)
+def programs_of_two_calls():
+    with cost.forced(calls="pairs"):
+        yield

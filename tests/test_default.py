@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 
 import fxfunc
 from fxfunc import errors
-from fxfunc.codegen import backends, cxx, partition
+from fxfunc.codegen import backends, cost, cxx
 
 pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
 X = torch.linspace(-1, 2, 7, dtype=torch.float64)
@@ -30,7 +31,7 @@ def cache(tmp_path_factory):
 def as_for_users(monkeypatch):
     """Without what conftest.py sets for the other tests."""
     monkeypatch.delenv("FXFUNC_BACKEND")
-    monkeypatch.setattr(partition, "FEW_CALLS", 3)
+    monkeypatch.setattr(cost, "limits", lambda: cost.MODEL)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_what_has_nothing_to_gain_is_not_compiled(f, built):
 
 
 def test_two_calls_on_large_values_are_compiled(built):
-    fxfunc.jit(lambda x: x.sin() * 2.25)(torch.zeros(partition.SMALL_VALUE))
+    fxfunc.jit(lambda x: x.sin() * 2.25)(torch.zeros(cost.MODEL.small_value))
     assert len(built) == 1
 
 
@@ -305,7 +306,7 @@ def test_waiting_without_a_background_returns():
 @pytest.fixture
 def mapped(monkeypatch):
     """A map that stays a loop in C++, with what it is called on."""
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
+    monkeypatch.setattr(cost, "limits", lambda: dataclasses.replace(cost.MODEL, small_map=0))
     xs = torch.stack([X, X + 1, X - 1])
     return fxfunc.vmap(fxfunc.grad(lambda v: chain(20.5)(v).sum())), xs
 

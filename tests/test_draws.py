@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import dropout
 
 import fxfunc
-from fxfunc.codegen import cxx, partition
+from fxfunc.codegen import cost, cxx
 from fxfunc.passes.draws import draws_first
 from fxfunc.passes.graph import map_
 
@@ -36,27 +36,27 @@ TRANSFORMS = {
 }
 
 
-def both(f, monkeypatch):
+def both(f):
     """(results of cpp, of eager, the graph as cpp took it), from one seed."""
-    monkeypatch.setattr(partition, "SMALL_MAP", 0)
     lowered = fxfunc.jit(fxfunc.vmap(f, (None, 0), randomness="different")).lower(W, X)
-    made = [lowered.compile(backend=name) for name in ("cpp", "eager")]
+    with cost.forced(maps="loops"):
+        made = [lowered.compile(backend=name) for name in ("cpp", "eager")]
     results = [torch.manual_seed(7) and torch.utils._pytree.tree_leaves(c(W, X)) for c in made]
     return *results, made[0].explain()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", DRAWN)
-def test_examples_read_numbers_that_were_drawn_before_them(name, transform, monkeypatch):
-    found, wanted, said = both(TRANSFORMS[transform](DRAWN[name]), monkeypatch)
+def test_examples_read_numbers_that_were_drawn_before_them(name, transform):
+    found, wanted, said = both(TRANSFORMS[transform](DRAWN[name]))
     assert "a loop over 24 tasks" in said
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_a_map_whose_draws_cannot_come_first_is_batched(name, monkeypatch):
-    found, wanted, said = both(LATE[name], monkeypatch)
+def test_a_map_whose_draws_cannot_come_first_is_batched(name):
+    found, wanted, said = both(LATE[name])
     assert "draws random numbers" in said
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

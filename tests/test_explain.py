@@ -101,7 +101,7 @@ def test_calls_of_a_task_are_said_to_be_in_its_function():
     [
         (lambda x: x.sin().cumsum(0) * 2, "no loop-IR rule"),
         (lambda x: (x @ x).sin() * 2, "a large product"),
-        (lambda x: x.sin(), "too few calls"),
+        (lambda x: x.sin(), "too little for a program"),
     ],
 )
 def test_what_is_left_to_aten_says_why(f, why):
