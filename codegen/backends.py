@@ -16,6 +16,7 @@ import torch
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw, saw_source
 from fxfunc.passes.graph import Graph, Val
+from fxfunc.passes.infer import hermetic
 from fxfunc.passes.pipeline import for_aten, lowered
 from fxfunc.passes.place import place
 
@@ -157,9 +158,10 @@ def _row(backend: str, where: str = "") -> Backend:
 def compile(graph: Graph, backend: str, target: str) -> Program:
     """Lower and compile a captured graph for what `choose` gave."""
     start = time.perf_counter()
-    low = _TABLE[backend].lower(graph)
-    middle = time.perf_counter()
-    program = _TABLE[backend].emit(low, graph, target)
+    with hermetic():
+        low = _TABLE[backend].lower(graph)
+        middle = time.perf_counter()
+        program = _TABLE[backend].emit(low, graph, target)
     program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
     return program
 
@@ -216,8 +218,26 @@ def _cpp(built: Built, graph: Graph, target: str) -> Program:
         outside=built.outside,
     )
     built.compile()
-    program.call = eager.emit(built.graph if built.programs else program.graph)
+    if built.programs:
+        program.call = _unless_observed(eager.emit(built.graph), lambda: eager.emit(program.graph))
+    else:
+        program.call = eager.emit(program.graph)
     return program
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def _unless_observed(native: Callable, make_aten: Callable[[], Callable]) -> Callable:
+    """`native`, but ATen calls for the tensors without memory of other tracers, and under modes that want to see calls."""
+    aten = functools.cache(make_aten)
+
+    def call(tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, tensors)):
+            return aten()(tensors)
+        return native(tensors)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -423,7 +423,7 @@ class Native:
         operands = [
             x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous() for x in operands
         ]
-        outputs = [torch.empty(v.shape, dtype=v.dtype) for v in self.vals]
+        outputs = [torch.empty(v.shape, dtype=v.dtype, device="cpu") for v in self.vals]
         threads = _threads()
         size = self.bytes + threads * self.task_bytes + 64
         try:
@@ -431,7 +431,7 @@ class Native:
         except IndexError:
             scratch = None
         if scratch is None or scratch.numel() < size:
-            scratch = torch.empty(size, dtype=torch.uint8)
+            scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
         pointers = [x.data_ptr() for x in operands]
         pointers += [x.data_ptr() for x in outputs]
         bad = (ctypes.c_int64 * 3)()

@@ -10,6 +10,8 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxfunc
 from fxfunc import errors
@@ -149,6 +151,48 @@ def test_symbolic_sizes_run_as_the_eager_backend_has_them(built):
     assert compiled.graph == eager.graph
     for x in (X, X[:0], X.repeat(3)):
         assert torch.equal(compiled(x), eager(x))
+
+
+def test_the_graph_of_aten_calls_is_made_when_it_is_asked_for(built, monkeypatch):
+    lowered = fxfunc.jit(chain(21.5)).lower(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "lowered", lambda graph: pytest.fail("made"))
+        compiled = lowered.compile()
+    assert built and compiled.graph == lowered.compile(backend="eager").graph
+
+
+# ---- what others do around a call ----
+
+
+def test_a_default_device_is_not_where_results_lie(built):
+    f = fxfunc.jit(chain(22.5))
+    f(X)
+    with torch.device("meta"):
+        found = f(X)
+    torch.testing.assert_close(found, chain(22.5)(X), rtol=1e-12, atol=0)
+    assert built
+
+
+@pytest.mark.parametrize("how", ["jit", "compiled"])
+def test_other_tracers_see_aten_calls(how):
+    f = fxfunc.jit(chain(23.5))
+    f = f if how == "jit" else f.lower(X).compile()
+    traced = make_fx(f)(X)
+    assert torch.ops.aten.exp.default in {n.target for n in traced.graph.nodes}
+    torch.testing.assert_close(traced(X + 1), chain(23.5)(X + 1), rtol=1e-12, atol=0)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(X)
+    with mode:
+        found = [f(X), f(fake)]
+    assert [(type(y), y.shape) for y in [*found, f(fake)]] == [(FakeTensor, X.shape)] * 3
+    torch.testing.assert_close(f(X), chain(23.5)(X), rtol=1e-12, atol=0)
+
+
+def test_a_program_compiled_under_a_mode_is_that_of_no_mode(built):
+    f = fxfunc.jit(lambda x: chain(24.5)(x) @ torch.eye(7, dtype=x.dtype) + 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        compiled = f.lower(X).compile()
+    torch.testing.assert_close(compiled(X), chain(24.5)(X) + 1, rtol=1e-12, atol=0)
 
 
 # ---- derivatives ----

@@ -106,6 +106,7 @@ def test_accuracy_counts_and_its_interval_shrinks(images):
         "--target gpu",
         "--backend jax",
         "--backend triton",
+        "--backend cpp --target cuda:90",
         "--x",
     ],
 )
