@@ -49,7 +49,7 @@ log = logging.getLogger("fxfunc")
 
 SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
 LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
-LARGE_TASK_PRODUCT = 2**22  # and inside
+LARGE_TASK_PRODUCT = 2**20  # and inside, where ATen takes those of all tasks at once
 # A matrix of so many bytes that all tasks read, each for a few rows, is read once by a batched product.
 SHARED_BYTES, FEW_ROWS = 2**17, 16
 BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
