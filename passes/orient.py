@@ -5,6 +5,7 @@ A transposed product costs nothing until something needs it dense, and then a co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch.fx import Node
@@ -14,14 +15,58 @@ from .graph import Graph, Val
 from .record import Builder, Value, aten
 
 PRODUCTS = (aten.mm.default, aten.bmm.default)
+SMALL = 4  # of an operand that costs nothing: how often it goes into the product
+MANY = 2**10  # what a symbolic size is taken to be
 LARGE = 2**18  # multiplications from which a product of a batch is no slower by itself
 
 Env = dict[Node, object]
 
 
 def orient(graph: Graph) -> Graph:
-    """The graph with (a @ b)^T as b^T @ a^T, where nobody reads a @ b itself, and products of one matrix with many as a batch."""
-    return _turned(_apart(graph))
+    """The graph with (a @ b)^T as b^T @ a^T, where nobody reads a @ b itself, products of one matrix with many as a batch, and
+    -(a @ b) as a @ -b."""
+    return _turned(_apart(_signed(graph)))
+
+
+def _signed(graph: Graph) -> Graph:
+    """A product that is read negated has its sign from a factor, if one is small beside it; a sum of 0 may be one of -0."""
+    negated: dict[Node, Node] = {}
+    for n in graph.nodes:
+        if n.target is aten.neg.default and (product := _viewed(n.args[0], graph)) is not None:
+            if _is_small(min(product.args, key=_size), product):
+                negated[product] = n
+    negs = set(negated.values())
+
+    def row(n: Node, env: Env, b: Builder) -> Value | None:
+        if n in negs:
+            return env[n.args[0]]
+        if n not in negated:
+            return None
+        small = min(n.args, key=_size)
+        left, right = (-env[x] if x is small else env[x] for x in n.args)
+        return b.emit(n.target, (left, right), {})
+
+    return _with(graph, row, set())
+
+
+def _viewed(n: Node, graph: Graph) -> Node | None:
+    """The product that a value is but for its layout, if it is read nowhere else."""
+    while n.op == "call_function" and len(n.users) == 1 and n not in graph.outputs:
+        if n.target in PRODUCTS:
+            return None if n.args[0] is n.args[1] else n
+        if n.target not in (aten.reshape.default, aten.permute.default):
+            return None
+        n = n.args[0]
+    return None
+
+
+def _size(n: Node) -> int:
+    """The number of elements; a symbol counts as many."""
+    return math.prod(MANY if isinstance(s, Dim) else s for s in _val(n).shape)
+
+
+def _is_small(n: Node, product: Node) -> bool:
+    return SMALL * _size(n) <= _size(product)
 
 
 def _turned(graph: Graph) -> Graph:

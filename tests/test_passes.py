@@ -196,6 +196,33 @@ def test_a_large_product_of_one_matrix_with_many_copies_none_of_them(f, shapes, 
     torch.testing.assert_close(ours, f(*args))
 
 
+@pytest.mark.parametrize(
+    "f, shapes, left",
+    [
+        (lambda a, b: -(a @ b), ((32, 4), (4, 8)), ["neg", "mm"]),
+        (lambda a, b: (-(a @ b).mT).sin(), ((8, 4), (4, 32)), ["neg", "mm", "sin"]),
+        (lambda a, b: -(a @ b), ((8, 4), (4, 8)), ["mm", "neg"]),  # no operand is small
+        (lambda a, b: (-(p := a @ b), p.sin()), ((32, 4), (4, 8)), ["mm", "neg", "sin"]),
+        (fxfunc.vmap(lambda a, b: -(a @ b).reshape(-1), (0, None)), ((9, 8, 4), (4, 8)), ["neg", "mm"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_a_product_has_its_sign_from_a_small_factor(f, shapes, left, backend):
+    """No number moves: each product and sum of them is rounded as before."""
+    torch.manual_seed(0)
+    args = [torch.randn(s) for s in shapes]
+    found = [op.split(".")[0] for op in ops(f, *args, backend=for_aten)]
+    assert [op for op in found if op not in ("reshape", "permute")] == left
+    ours = fxfunc.jit(f).lower(*args).compile(backend=backend)(*args)
+    torch.testing.assert_close(ours, f(*args), rtol=1e-6, atol=1e-6)
+
+
+def test_special_values_of_a_negated_product_stay():
+    a, b = torch.tensor([[math.inf], [1.0], [math.nan], *[[2.0]] * 5]), torch.tensor([[1.0, -1.0, 3.0, 0.5]])
+    assert ops(lambda a, b: -(a @ b), a, b, backend=for_aten) == ["neg.default", "mm.default"]
+    same(lambda a, b: -(a @ b), a, b)
+
+
 def test_derivatives_of_one_matrix_with_many_are_those_of_torch():
     def loss(api):
         one = lambda a, b: torch.tanh(b.mT @ a.mT).square().sum()
