@@ -25,13 +25,15 @@ from .capture import (
     capture,
     check_tensors,
     compiled,
+    execute,
     is_tensor,
     own_memory,
     run,
     vals_of,
     write_back,
 )
-from .entry import entry, no_collection
+from .dispatch import MISS, Dispatch
+from .entry import bare_entry, entry, no_collection
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
 
@@ -310,14 +312,19 @@ class Compiled:
         self.graph, self.native = program.graph, program.native
         vals = program.graph.in_vals[len(signature.in_vals) :]
         self._closed = program.call and [c.tensor.to(v.device) for c, v in zip(captures, vals, strict=True)]
+        self._dispatch = Dispatch(signature, self._closed or ())
 
     @property
     def kernels(self) -> list:
         """The compiled kernels, each with .name .regs .spills .smem .size; none on the eager backend."""
         return self._program.kernels
 
-    @entry
+    @bare_entry
     def __call__(self, *args, **kwargs):
+        result = self._dispatch.call(args, kwargs)
+        return self._checked_call(args, kwargs) if result is MISS else result
+
+    def _checked_call(self, args: tuple, kwargs: dict):
         check_tensors("a compiled function", ())
         if self._program.call is None:
             raise errors.BackendError(
@@ -326,14 +333,21 @@ class Compiled:
                 instead="Save it and load it on a machine with that device.",
             )
         inputs = [*self.signature.tensors(args, kwargs), *self._closed]
+        results = own_memory(self._run(inputs), inputs)
+        self._dispatch.learn(self._program, inputs)
+        return self.signature.outputs(results)
+
+    def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        if self._graph is not None and current() is not None:
+            return execute(self._graph, inputs)
         if self._graph is not None:
-            return self.signature.outputs(own_memory(run(self._graph, self._compile, inputs), inputs))
+            return run(self._graph, self._compile, inputs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             raise errors.NotSupported(
                 what="differentiating through a loaded artifact",
                 instead="Call it under torch.no_grad(), or compile the derivative into the artifact.",
             )
-        return self.signature.outputs(own_memory(self._program.call(inputs), inputs))
+        return self._program.call(inputs)
 
     def explain(self) -> str:
         """What the backend made of the program: its native parts, and what is not in them and why, one a line."""
