@@ -1,4 +1,4 @@
-"""Calls of compiled functions that are like one before. Entry points: `Dispatch`, `MISS`.
+"""Calls of compiled functions that are like one before. Entry points: `Dispatch` (of `Compiled`), `repeated` (of `jit`), `MISS`.
 
 A call that was checked in full teaches what it was like. One test in C (torch's TensorGuards) then says of all tensors of a
 call whether they are alike: class, dtype, device, sizes, strides, bits, requires_grad, and that no transform of torch.func, no
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +20,14 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.codegen.backends import Program
 from fxfunc.codegen.promises import Promises, Single
+from fxfunc.passes.graph import Graph
 from fxfunc.passes.tracer import recorders
 
-from .capture import own_memory
+from .capture import own_memory, write_back
 from .signature import TENSOR, Signature
+
+if TYPE_CHECKING:
+    from .jit import _Entry
 
 MISS = object()
 LESSONS = 8  # a function whose calls keep changing is checked in full
@@ -30,7 +35,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _Guards = torch._C._dynamo.guards.TensorGuards
 
 
-def _miss(args: tuple, kwargs: dict) -> object:
+Short = Callable[[tuple, dict], object]  # (args, kwargs) -> the result, or MISS
+
+
+def miss(args: tuple, kwargs: dict) -> object:
+    """No call is like one before."""
     return MISS
 
 
@@ -39,7 +48,7 @@ class Dispatch:
 
     def __init__(self, signature: Signature, closed: Sequence[Tensor]):
         self.signature, self.closed = signature, closed
-        self.call: Callable[[tuple, dict], object] = _miss
+        self.call: Short = miss
         self._lessons = LESSONS
 
     def learn(self, program: Program, tensors: Sequence[Tensor]) -> None:
@@ -72,19 +81,58 @@ def _without_repeats(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _specialised(
     signature: Signature, closed: Sequence[Tensor], program: Program, tensors: Sequence[Tensor]
-) -> Callable[[tuple, dict], object]:
+) -> Short:
     """The function for calls with tensors like these, or one that misses all, for structures that are not tuples, lists and
     dicts."""
     writer = _Writer(signature)
     if not writer.read_arguments():
-        return _miss
+        return miss
     inputs = [*writer.tensors, *(writer.bind(f"closed_{i}", t) for i, t in enumerate(closed))]
-    writer.check(program, tensors, inputs)
+    writer.check(tensors, inputs)
+    if any(t.requires_grad for t in tensors):
+        writer.miss_if(f"{writer.bind('is_grad_enabled', torch.is_grad_enabled)}()")
+    writer.bind("program", program)
+    writer.miss_if(f"program.call is not {writer.bind('call', program.call)}")
     writer.run(program.call, inputs, all(t.is_contiguous() for t in tensors))
-    writer.give()
-    text = "\n    ".join(["def dispatch(args, kwargs):", *writer.lines]) + "\n"
-    exec(compile(text, "<fxfunc>/dispatch.py", "exec"), writer.scope)
-    return writer.scope["dispatch"]
+    return writer.function()
+
+
+def repeated(
+    signature: Signature,
+    entry: _Entry,
+    tensors: Sequence[Tensor],
+    state: tuple,
+    modes: Callable[[], tuple],
+    hit: Callable[[], None],
+) -> Short:
+    """The function for calls of a jitted function that fit one entry of its cache, whose tensors are those of the arguments
+    and then the closures; `modes()` must be the `state` that it was made in, `hit()` is told of each call."""
+    count, graph = signature.in_leaves.count(TENSOR), entry.captured.graph
+    plain = all(x is TENSOR or _is_exact(x) for x in signature.in_leaves)
+    writer = _Writer(signature)
+    if not (count and plain and not graph.written and _is_ordinary(tensors) and writer.read_arguments()):
+        return miss
+    writer.check(tensors[:count], writer.tensors)
+    for x, t in zip(writer.tensors, tensors, strict=False):
+        writer.miss_if(f"{x}.storage_offset() % 16 {'!=' if t.storage_offset() % 16 == 0 else '=='} 0")
+    writer.scope |= {
+        "modes": modes,
+        "state": state,
+        "hit": hit,
+        "closures": entry.closures,
+        "call": entry.call,
+    }
+    writer.miss_if("modes() != state")
+    writer.lines.append("closed = closures()")
+    writer.miss_if("closed is None")
+    writer.lines.append("hit()")
+    writer.run_and_own(graph, writer.tensors)
+    return writer.function()
+
+
+def _is_exact(x: object) -> bool:
+    """Whether a plain value is equal to itself and to no other, by type and ==; zeros have signs and a nan is no nan's equal."""
+    return type(x) in (int, bool, str, type(None)) or type(x) is float and x != 0 and x == x
 
 
 class _Writer:
@@ -138,18 +186,14 @@ class _Writer:
         value, kind = self.bind(f"plain_{x}", expected), self.bind(f"type_{x}", type(expected))
         self.miss_if(f"type({x}) is not {kind} or {x} != {value}")
 
-    def check(self, program: Program, like: Sequence[Tensor], inputs: Sequence[str]) -> None:
-        """Miss what is not alike, duals, what autograd would see, and all once the program is another."""
+    def check(self, like: Sequence[Tensor], inputs: Sequence[str]) -> None:
+        """Miss what is not alike, and dual tensors, which are."""
         for group in _without_repeats(like):
             guards = _Guards(*(like[i] for i in group), dynamic_dims_sizes=None, dynamic_dims_strides=None)
             alike = self.bind(f"alike_{group[0]}", guards.check)
             self.miss_if(f"not {alike}({', '.join(inputs[i] for i in group)})")
         self.bind("forward_ad", forward_ad)
         self.miss_if("forward_ad._current_level >= 0")
-        if any(t.requires_grad for t in like):
-            self.miss_if(f"{self.bind('is_grad_enabled', torch.is_grad_enabled)}()")
-        self.bind("program", program)
-        self.miss_if(f"program.call is not {self.bind('call', program.call)}")
 
     # ---- results ----
 
@@ -173,11 +217,22 @@ class _Writer:
         run, self.places = self.bind("run", single.program.run), single.results
         self.lines.append(f"results = {run}(({''.join(x + ', ' for x in operands)}))")
 
-    def give(self) -> None:
-        """The results in the structure that the function gave them."""
+    def run_and_own(self, graph: Graph, inputs: Sequence[str]) -> None:
+        """The results of a jitted function: those that it made are in memory of their own."""
+        self.places = range(self.signature.out_leaves.count(TENSOR))
+        self.lines += [f"inputs = [{', '.join(inputs)}, *closed]", "results = call(inputs)"]
+        if graph.fresh and not self.scope["call"].promises.owned:
+            self.scope |= {"write_back": write_back, "graph": graph}
+            self.lines.append("results = write_back(graph, inputs, results)")
+
+    def function(self) -> Short:
+        """The function, which gives the results in the structure that they have."""
         leaves = iter(self.signature.out_leaves)
         tensors = (f"results[{i}]" for i in self.places)
         self.lines.append(f"return {self.made(self.signature.out_spec, leaves, tensors)}")
+        text = "\n    ".join(["def dispatch(args, kwargs):", *self.lines]) + "\n"
+        exec(compile(text, "<fxfunc>/dispatch.py", "exec"), self.scope)
+        return self.scope["dispatch"]
 
     def made(self, spec: pytree.TreeSpec, leaves: Iterator, tensors: Iterator[str]) -> str:
         """A result as source."""
