@@ -27,6 +27,7 @@ from fxfunc.passes.graph import Graph, Literal, Op, Val, barrier, cond, constant
 from .calls import best
 from .loops import Kernel, native
 from .loops import kernel as kernel_op
+from .promises import promises
 
 # What a graph becomes: flat tensors in (its inputs), flat results out.
 Program = Callable[[Sequence[Tensor]], list[Tensor | None]]
@@ -51,6 +52,7 @@ def emit(graph: Graph, kernels: Mapping[Kernel, Launcher] | None = None) -> Prog
     # `<` keeps our lines out of the user's; the loader lets tracebacks show them.
     scope = {**writer.scope, "__name__": f"program_{number}", "__loader__": _Source(text)}
     exec(compile(text, f"<fxfunc>/program_{number}.py", "exec"), scope)
+    scope["program"].promises = promises(graph)
     return scope["program"]
 
 

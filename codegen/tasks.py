@@ -13,6 +13,7 @@ block in order by one thread, then the blocks in order.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,7 @@ from . import cxx
 from .cost import bytes_of, is_shared
 from .cpp import TYPES, comment, function, name_of
 from .explain import Row, placed, row, source_line
+from .frames import Frames
 from .loops import Kernel, native
 from .loops import kernel as kernel_op
 from .lower import base, is_free
@@ -45,7 +47,8 @@ from .rows import PRODUCTS
 aten = torch.ops.aten
 
 BLOCKS, BLOCKS_BYTES = 64, 16 * 2**20  # of partial sums over examples
-KEPT = 64 * 2**20  # bytes of scratch memory kept between calls
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_new = torch._C._dynamo.guards._empty_strided_cpu  # past the dispatcher and all modes
 
 
 # ---- scratch memory ----
@@ -413,35 +416,31 @@ class Native:
         self.source, self.bytes, self.task_bytes = _source(unit, graph)
         self.rows = unit.rows
         self.entry: Callable | None = None
-        self._free: list[Tensor] = []
+        self._frames = Frames(len(graph.inputs) + len(self.vals))
+        self._made = [
+            (tuple(v.shape), torch.empty(v.shape, device="meta").stride(), v.dtype) for v in self.vals
+        ]
 
     def compile(self) -> None:
         """Compile it, or find it in the cache."""
         self.entry = cxx.load(self.source).program
+        self.entry.argtypes, self.entry.restype = _ARGUMENTS, None
 
     def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        operands = [
-            x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous() for x in operands
-        ]
-        outputs = [torch.empty(v.shape, dtype=v.dtype, device="cpu") for v in self.vals]
-        threads = _threads()
-        size = self.bytes + threads * self.task_bytes + 64
-        try:
-            scratch = self._free.pop()  # two threads never get the same
-        except IndexError:
-            scratch = None
-        if scratch is None or scratch.numel() < size:
-            scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
-        pointers = [x.data_ptr() for x in operands]
-        pointers += [x.data_ptr() for x in outputs]
-        bad = (ctypes.c_int64 * 3)()
-        self.entry(
-            (ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_void_p(scratch.data_ptr()), threads, bad
+        return self.run(
+            [x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous() for x in operands]
         )
-        if size <= KEPT:
-            self._free.append(scratch)
-        if bad[2]:
-            raise RuntimeError(f"index {bad[0]} is out of bounds for dimension {bad[1]} with size {bad[2]}")
+
+    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, for operands that lie in memory as their shapes say."""
+        outputs = list(itertools.starmap(_new, self._made))
+        threads = _threads()
+        frame = self._frames.take(self.bytes + threads * self.task_bytes + 64, operands, outputs)
+        self.entry(frame.at_addresses, frame.at_scratch, threads, frame.at_bad)
+        if frame.bad[2]:
+            index, axis, size = frame.bad
+            raise RuntimeError(f"index {index} is out of bounds for dimension {axis} with size {size}")
+        self._frames.give_back(frame)
         return outputs
 
     def describe(self) -> str:

@@ -25,6 +25,13 @@ def entry(function: Callable) -> Callable:
     return call
 
 
+def bare_entry(function: Callable) -> Callable:
+    """`entry` without a call around the function, for one that is defined once."""
+    _dynamo.set_code_exec_strategy(function.__code__, _SKIP)
+    function._torchdynamo_disable = True
+    return function
+
+
 _dynamo.set_code_exec_strategy(entry(len).__code__, _SKIP)  # one code object, whatever it wraps
 
 

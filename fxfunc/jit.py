@@ -26,13 +26,15 @@ from .capture import (
     capture,
     check_tensors,
     compiled,
+    execute,
     is_tensor,
     own_memory,
     run,
     vals_of,
     write_back,
 )
-from .entry import entry, no_collection
+from .dispatch import LESSONS, MISS, Dispatch, miss, repeated
+from .entry import bare_entry, no_collection
 from .guards import Guards, signature
 from .signature import TENSOR, Signature
 
@@ -73,7 +75,7 @@ class _Entry:
 
     def __init__(self, captured: Captured, guards: Guards, compile_: Callable):
         self.captured, self.guards, self.compile = captured, guards, compile_
-        self.call = compile_(captured.graph)
+        self.call, self.called = compile_(captured.graph), False
         places = {id(t): first for _, _, t, _, first in guards.tensors}
         self.places = [places.get(id(t)) for t in captured.captures]
 
@@ -134,6 +136,7 @@ class _Jit:
         with self._lock:
             self._entries: OrderedDict = OrderedDict()
             self._hits = self._misses = 0
+            self._short, self._short_key, self._short_hits, self._lessons = miss, None, 0, LESSONS
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses (captures made), bound and number of signatures."""
@@ -142,8 +145,12 @@ class _Jit:
     def __get__(self, instance, owner=None):
         return self if instance is None else types.MethodType(self, instance)
 
-    @entry
+    @bare_entry
     def __call__(self, *args, **kwargs):
+        result = self._short(args, kwargs)
+        return self._checked_call(args, kwargs) if result is MISS else result
+
+    def _checked_call(self, args: tuple, kwargs: dict):
         if current() is not None:
             return self.function(*args, **kwargs)
         f, args, kwargs, static = self._static(args, kwargs)
@@ -154,11 +161,43 @@ class _Jit:
         entry, closures = self._entry(key, f, leaves, tree, static.values())
         inputs = [x for x in leaves if is_tensor(x)] + closures
         results = run(entry.captured.graph, _compile_with(entry), inputs)
-        return entry.captured.outputs(write_back(entry.captured.graph, inputs, results))
+        results = write_back(entry.captured.graph, inputs, results)
+        if entry.called and not static:
+            self._learn(key, entry, leaves, tree, inputs)
+        entry.called = True
+        return entry.captured.outputs(results)
+
+    def _learn(self, key, entry, leaves, tree, inputs) -> None:
+        """Take the short way at the next call like this one."""
+        if not self._lessons:
+            return
+        captured = entry.captured
+        outs = zip(captured.tensor_flags, captured.out_leaves, strict=True)
+        signature = Signature(
+            tree, _template(leaves), (), captured.out_spec, tuple(TENSOR if t else x for t, x in outs)
+        )
+        short = repeated(signature, entry, inputs, key[-1], _modes, self._hit)
+        with self._lock:
+            self._lessons -= 1
+            self._settle()
+            if self._entries.get(key) is entry:
+                self._short, self._short_key = short, key
+
+    def _hit(self) -> None:
+        with self._lock:
+            self._hits += 1
+            self._short_hits += 1
+
+    def _settle(self) -> None:
+        """What the calls that went the short way have left to do: their entry was used last before this."""
+        if self._short_hits and self._short_key in self._entries:
+            self._entries.move_to_end(self._short_key)
+        self._short_hits = 0
 
     def _entry(self, key, f, leaves, tree, static):
         """The entry of a signature, made if there is none that holds, and the tensors it closes over."""
         with self._lock:
+            self._settle()
             entry = self._entries.get(key)
         closures = entry and entry.closures()
         hit = closures is not None
@@ -181,7 +220,9 @@ class _Jit:
             self._entries[key] = entry
             self._entries.move_to_end(key)
             while self.cache_size is not None and len(self._entries) > self.cache_size:
-                self._entries.popitem(last=False)
+                oldest, _ = self._entries.popitem(last=False)
+                if oldest == self._short_key:
+                    self._short = miss
         return entry, closures
 
     def _compiler(self, graph: Graph) -> Callable:
@@ -233,7 +274,7 @@ class _Jit:
         )
         signature = Signature(
             tree,
-            tuple(TENSOR if is_tensor(x) else x for x in examples),
+            _template(examples),
             tuple(vals),
             captured.out_spec,
             tuple(
@@ -241,6 +282,10 @@ class _Jit:
             ),
         )
         return Lowered(captured, signature, {"capture": time.perf_counter() - start}, self.backend)
+
+
+def _template(leaves) -> tuple:
+    return tuple(TENSOR if is_tensor(x) else x for x in leaves)
 
 
 def _compile_with(entry: _Entry):
@@ -356,6 +401,7 @@ class Compiled:
         self.native = program.native
         vals = program.in_vals[len(signature.in_vals) :]
         self._closed = program.call and [c.tensor.to(v.device) for c, v in zip(captures, vals, strict=True)]
+        self._dispatch = Dispatch(signature, self._closed or ())
 
     @property
     def graph(self) -> Graph:
@@ -372,8 +418,12 @@ class Compiled:
         """The compiled kernels, each with .name .regs .spills .smem .size; none on the eager backend."""
         return self._program.kernels
 
-    @entry
+    @bare_entry
     def __call__(self, *args, **kwargs):
+        result = self._dispatch.call(args, kwargs)
+        return self._checked_call(args, kwargs) if result is MISS else result
+
+    def _checked_call(self, args: tuple, kwargs: dict):
         check_tensors("a compiled function", ())
         if self._program.call is None:
             raise errors.BackendError(
@@ -382,14 +432,21 @@ class Compiled:
                 instead="Save it and load it on a machine with that device.",
             )
         inputs = [*self.signature.tensors(args, kwargs), *self._closed]
+        results = own_memory(self._run(inputs), inputs)
+        self._dispatch.learn(self._program, inputs)
+        return self.signature.outputs(results)
+
+    def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        if self._graph is not None and current() is not None:
+            return execute(self._graph, inputs)
         if self._graph is not None:
-            return self.signature.outputs(own_memory(run(self._graph, self._compile, inputs), inputs))
+            return run(self._graph, self._compile, inputs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             raise errors.NotSupported(
                 what="differentiating through a loaded artifact",
                 instead="Call it under torch.no_grad(), or compile the derivative into the artifact.",
             )
-        return self.signature.outputs(own_memory(self._program.call(inputs), inputs))
+        return self._program.call(inputs)
 
     def explain(self) -> str:
         """A line a call of the program that runs: name, operation, what computes it (a kernel of a C++ program, a loop, ATen),

@@ -87,6 +87,7 @@ class _Kept(_Jit):
 
     def _entry(self, key, *rest):
         before = self._entries.get(key)
+        self._vain = 0 if self._short_hits else self._vain
         found, closures = super()._entry(key, *rest)
         self._vain = 0 if found is before else self._vain + (before is not None)
         objects = any(

@@ -355,6 +355,11 @@ def mapped(monkeypatch):
     return fxfunc.vmap(fxfunc.grad(lambda v: chain(20.5)(v).sum())), xs
 
 
+def calls(compiled):
+    """What computes each call; which line it comes from is not stored."""
+    return [(r.op, r.place) for p in compiled._program.programs for r in p.rows]
+
+
 def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
     f, xs = mapped
     compiled = fxfunc.jit(f).lower(xs).compile()
@@ -362,11 +367,11 @@ def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
     compiled.save(tmp_path / "f.zip")
     loaded = fxfunc.load(tmp_path / "f.zip")
     assert (loaded.backend, loaded.loaded_as) == ("cpp", "rebuilt")
-    assert loaded.explain() == compiled.explain()
+    assert calls(loaded) == calls(compiled)
     with torch.no_grad():
         assert torch.equal(loaded(xs), compiled(xs))
     loaded.save(tmp_path / "again.zip")
-    assert fxfunc.load(tmp_path / "again.zip").explain() == compiled.explain()
+    assert calls(fxfunc.load(tmp_path / "again.zip")) == calls(compiled)
 
 
 @pytest.mark.parametrize("how", ["argument", "environment", "no compiler"])
