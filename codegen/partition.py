@@ -32,7 +32,7 @@ from fxfunc.passes.graph import (
     substitute,
 )
 from fxfunc.passes.merge import merge_maps
-from fxfunc.passes.orient import orient
+from fxfunc.passes.orient import orient, reads_windows
 from fxfunc.passes.pipeline import for_aten, simplify
 from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.simplify import SIMPLIFY
@@ -49,8 +49,10 @@ log = logging.getLogger("fxfunc")
 SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
 LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
 LARGE_TASK_PRODUCT = 2**22  # and inside
+LARGE_TASK_WINDOWS = 2**28  # and inside, of a convolution, which ATen does no better for many tasks at once
 # A matrix of so many bytes that all tasks read, each for a few rows, is read once by a batched product.
 SHARED_BYTES, FEW_ROWS = 2**17, 16
+STREAMED = 8  # multiplications that cost as much as one with an element that is read from memory
 BLOCK_ELEMENTS, LEAST_TASKS = 512, 16  # of tasks that are blocks of examples
 FOLDED = 2**20  # bytes of a constant that is computed once
 
@@ -136,7 +138,8 @@ def _sizes(body: Graph) -> Iterator[int]:
         if n.target is scan:
             yield from _sizes(n.args[0])
         elif not is_free(n) and n.target is not getitem:
-            yield numel(n.meta["val"].shape)
+            val = n.meta["val"]
+            yield from (numel(v.shape) for v in (val if isinstance(val, tuple) else [val]) if v is not None)
 
 
 def _one_map(args: tuple, kwargs: dict) -> Graph:
@@ -178,7 +181,7 @@ def _simpler(graph: Graph) -> Graph:
 
 def _flat(body: Graph) -> Graph:
     """A body with its own maps batched."""
-    return affine(oriented(_simpler(expand(dce(batched(body))))))
+    return affine(oriented(_simpler(expand(dce(batched(body)), inside=True))))
 
 
 def oriented(graph: Graph) -> Graph:
@@ -197,8 +200,10 @@ def _why_batched(body: Graph, length: object, mapped: Sequence[bool]) -> str | N
     if work(body) * length < SMALL_MAP:
         return "little work"
     shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
-    large = next((n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)), None)
-    return large and f"{_named(large)}: every task would read all of a large matrix"
+    large = [n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)]
+    if sum(map(product_work, large)) * STREAMED <= work(body):
+        return None
+    return f"{_named(large[0])}: every task would read all of a large matrix"
 
 
 def _streams(n: Node, shared: set[Node]) -> bool:
@@ -240,9 +245,15 @@ def _task_refusal(n: Node) -> str | None:
         return "a region inside of a task"
     if n.target is constant and not is_constant(n):
         return "a constant tensor inside of a task"
-    if n.target in PRODUCTS and refusal(n) is None and product_work(n) > LARGE_TASK_PRODUCT:
+    limit = LARGE_TASK_WINDOWS if n.target in PRODUCTS and _of_windows(n) else LARGE_TASK_PRODUCT
+    if n.target in PRODUCTS and refusal(n) is None and product_work(n) > limit:
         return "a large product"
     return refusal(n)
+
+
+def _of_windows(n: Node) -> bool:
+    """True for a product that computes a convolution or a part of its derivative."""
+    return any(map(reads_windows, n.args))
 
 
 def _folded(graph: Graph) -> Graph:
