@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Graph, Val, getitem, map_, scan
+from fxfunc.passes.orient import reads_windows
 
 from .loops import Kernel
 from .lower import base, is_free
@@ -34,9 +35,13 @@ class Limits:
     # Multiplications from which a product is ATen's, whose blocking pays there; in a task the whole map would be batched for it.
     large_product: int = 2**20
     large_task_product: int = 2**22
+    # The same of a convolution in a task, which ATen does no better for many tasks at once.
+    large_task_windows: int = 2**28
     # A matrix of so many bytes that all tasks read, each for so few rows, is read once by a batched product.
     shared_bytes: int = 2**17
     few_rows: int = 16
+    # Multiplications that cost as much as one with an element that is read from memory.
+    streamed: int = 8
     # Elements of a value of a task: a block of smaller examples makes up for the overhead of its calls ...
     block_elements: int = 512
     # ... and tasks that blocks leave, to share among threads.
@@ -52,8 +57,8 @@ class Limits:
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
     "maps": {"loops": {"small_map": ANY, "shared_bytes": NEVER}, "batched": {"small_map": NEVER}},
     "products": {
-        "native": {"large_product": NEVER, "large_task_product": NEVER},
-        "aten": {"large_product": ANY, "large_task_product": ANY},
+        "native": {"large_product": NEVER, "large_task_product": NEVER, "large_task_windows": NEVER},
+        "aten": {"large_product": ANY, "large_task_product": ANY, "large_task_windows": ANY},
     },
     "blocks": {"one": {"block_elements": ANY}, "most": {"block_elements": NEVER}},
     "calls": {
@@ -118,8 +123,10 @@ def why_batched(body: Graph, length: int, mapped: Sequence[bool]) -> str | None:
     if work(body) * length < limits().small_map:
         return "little work"
     shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
-    large = next((n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)), None)
-    return large and f"{named(large)}: every task would read all of a large matrix"
+    large = [n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)]
+    if sum(map(product_work, large)) * limits().streamed <= work(body):
+        return None
+    return f"{named(large[0])}: every task would read all of a large matrix"
 
 
 def _streams(n: Node, shared: set[Node]) -> bool:
@@ -145,7 +152,8 @@ def _sizes(body: Graph) -> Iterator[int]:
         if n.target is scan:
             yield from _sizes(n.args[0])
         elif not is_free(n) and n.target is not getitem:
-            yield numel(n.meta["val"].shape)
+            val = n.meta["val"]
+            yield from (numel(v.shape) for v in (val if isinstance(val, tuple) else [val]) if v is not None)
 
 
 # ---- calls ----
@@ -153,8 +161,13 @@ def _sizes(body: Graph) -> Iterator[int]:
 
 def why_aten(n: Node, inside: bool = False) -> str | None:
     """Why a call that could be C++ is better ATen's, or None; `inside` of a task."""
-    least = limits().large_task_product if inside else limits().large_product
-    return "a large product" if n.target in PRODUCTS and product_work(n) >= least else None
+    return "a large product" if n.target in PRODUCTS and product_work(n) >= _large(n, inside) else None
+
+
+def _large(n: Node, inside: bool) -> int:
+    if not inside:
+        return limits().large_product
+    return limits().large_task_windows if any(map(reads_windows, n.args)) else limits().large_task_product
 
 
 def is_little(calls: Sequence[Node]) -> bool:

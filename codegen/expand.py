@@ -9,9 +9,10 @@ import torch
 
 from fxfunc.passes.decompose import taken_apart, tensors_in
 from fxfunc.passes.dims import numel
-from fxfunc.passes.graph import Graph, Op, map_, scan
-from fxfunc.passes.record import Builder, Value
+from fxfunc.passes.graph import Graph, Op, Val, map_, scan
+from fxfunc.passes.record import Builder, Value, vals
 
+from . import conv, norms, pool
 from .index import VIEWS
 from .lower import is_free, is_fusable, opmath
 from .moves import MOVES
@@ -20,15 +21,23 @@ from .rows import POINTWISE, PRODUCTS, REDUCING
 aten = torch.ops.aten
 
 
-def expand(graph: Graph) -> Graph:
-    """The graph with such calls taken apart."""
+LARGE_CONVOLUTION = 2**20  # multiplications from which a convolution outside of loops is ATen's
+
+
+def expand(graph: Graph, inside: bool = False) -> Graph:
+    """The graph with such calls taken apart; `inside` of a loop also large convolutions."""
     b = Builder(None)
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op in (map_, scan):
-            return b.emit(op, (expand(args[0]), *args[1:]), kwargs)
-        if op in WAYS:
-            return WAYS[op](*args, **kwargs)
+            return b.emit(op, (expand(args[0], True), *args[1:]), kwargs)
+        if op in conv.WAYS:
+            return conv.WAYS[op](*args) if _is_taken(op, vals(args), inside) else b.emit(op, args, kwargs)
+        if op in pool.WAYS and pool.is_taken(args[0]):
+            out = pool.WAYS[op](*args, **kwargs)
+            return b.emit(op, args, kwargs) if out is None else out
+        if op in WAYS and (out := WAYS[op](*args, **kwargs)) is not None:
+            return out
         parts = _parts(op, args, kwargs)
         if parts is None:
             return b.emit(op, args, kwargs)
@@ -38,21 +47,13 @@ def expand(graph: Graph) -> Graph:
     return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
+def _is_taken(op: Op, args: tuple, inside: bool) -> bool:
+    why = conv.refusal([x for x in args if isinstance(x, Val)])
+    return why is None and (inside or conv.multiplications(op, args) < LARGE_CONVOLUTION)
+
+
 def _unbound(x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(x.call(aten.select.int, dim, i) for i in range(x.shape[dim]))
-
-
-def _layer_norm(
-    x: Value, shape: list[int], weight: Value | None, bias: Value | None, eps: float
-) -> tuple[Value, ...]:
-    dims, wide = list(range(x.ndim - len(shape), x.ndim)), opmath(x.dtype)
-    mean = x.to(wide).call(aten.mean.dim, dims, True)
-    centred = x.to(wide) - mean
-    scale = ((centred * centred).call(aten.mean.dim, dims, True) + eps).rsqrt()
-    y = centred * scale
-    y = y if weight is None else y * weight.to(wide)
-    y = y if bias is None else y + bias.to(wide)
-    return y.to(x.dtype), mean, scale
 
 
 def _var(
@@ -78,7 +79,7 @@ WAYS = {
     aten.std.correction: lambda x, *dim, **how: _var(x, *dim, **how).sqrt(),
     aten.unbind.int: _unbound,
     aten.trace.default: lambda x: x.call(aten.diagonal.default).sum(),
-    aten.native_layer_norm.default: _layer_norm,
+    **norms.WAYS,
 }
 
 

@@ -237,6 +237,11 @@ def _diagonal(space: Space, m: Map, out: Val, x: Val, offset: int = 0, dim1: int
     return tuple(ends[d] if d in ends else next(others) for d in range(x.ndim))
 
 
+def _unfold(space: Space, m: Map, out: Val, x: Val, dim: int, size: int, step: int) -> Map:
+    *places, inside = m
+    return tuple(a * step + inside if d == dim % x.ndim else a for d, a in enumerate(places[: x.ndim]))
+
+
 def _same(space: Space, m: Map, *_: object, **__: object) -> Map:
     return m
 
@@ -247,7 +252,7 @@ VIEWS: dict[object, Callable[..., Map]] = {
     aten.permute.default: _permute, aten.transpose.int: _transpose,
     aten.t.default: lambda space, m, out, x: _transpose(space, m, out, x, 0, -1) if x.ndim == 2 else m,
     aten.expand.default: broadcast_map, aten.slice.Tensor: _slice, aten.select.int: _select, aten.flip.default: _flip,
-    aten.diagonal.default: _diagonal,
+    aten.diagonal.default: _diagonal, aten.unfold.default: _unfold,
     aten.alias.default: _same, aten.detach.default: _same, aten.clone.default: _same,
     stop_reverse: _same, stop_gradient: _same, barrier: _same,
 }  # fmt: skip

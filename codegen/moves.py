@@ -1,6 +1,7 @@
 """Calls that move values, as C++ statements over dense buffers: `MOVES`, op -> `Move`; `refusal` says what is not taken.
 
-`{0}`, `{1}`, ... stand for the sources, `{out}` for the result and `{T}` for its type; the templates are in the prelude.
+`{0}`, `{1}`, ... stand for the sources, `{out}` for the result (of several: `{outs[0]}`, ...) and `{T}` for the type of the
+first source; the templates are in the prelude.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.fx import Node
 from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Val
 
+from . import pool
 from .cpp import literal
 
 aten = torch.ops.aten
@@ -141,10 +143,22 @@ def _scatter_add(x: Node, dim: int, index: Node, src: Node) -> Move:
                 f"scatter_add<{{T}}, {outer}, {along}, {count}, {inner}, {at}>({{out}}, {{1}}, {{2}}, bad);"])  # fmt: skip
 
 
+def _max_pool(
+    x: Node, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
+) -> Move:  # fmt: skip
+    *planes, h, w = _shape(x)
+    g = pool.geometry(kernel, stride, padding, dilation)
+    sizes = [numel(planes), h, w, *pool.windows_of((h, w), g, ceil_mode)]
+    sizes += [*g.kernel, *g.stride, *g.padding, *g.dilation]
+    return Move([x], [f"max_pool<{{T}}, {', '.join(map(str, sizes))}>({{outs[0]}}, {{outs[1]}}, {{0}});"])
+
+
 MOVES: dict[object, Callable[..., Move]] = {
     aten.cat.default: _cat, aten.stack.default: _stack, aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter, aten.diagonal_scatter.default: _diagonal_scatter,
     aten.constant_pad_nd.default: _pad, aten.gather.default: _gather, aten.scatter_add.default: _scatter_add,
+    aten.max_pool2d_with_indices.default: _max_pool,
 }  # fmt: skip
 
 
@@ -152,6 +166,11 @@ def refusal(n: Node) -> str | None:
     """Why a move, whose sizes are all numbers, is not taken, or None."""
     tensors = n.all_input_nodes
     vals: list[Val] = [x.meta["val"] for x in tensors]
+    if n.target is aten.max_pool2d_with_indices.default:
+        vals += n.meta["val"]
+        if vals[0].dtype not in pool.DTYPES:
+            return f"a pool of {vals[0].dtype}"
+        return "an empty value" if any(numel(v.shape) == 0 for v in vals) else None
     if numel(_shape(n)) == 0 or any(numel(v.shape) == 0 for v in vals):
         return "an empty value"
     if n.target in (aten.cat.default, aten.stack.default):

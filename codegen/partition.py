@@ -171,7 +171,7 @@ def _simpler(graph: Graph) -> Graph:
 
 def _flat(body: Graph) -> Graph:
     """A body with its own maps batched."""
-    return affine(oriented(_simpler(expand(dce(batched(body))))))
+    return affine(oriented(_simpler(expand(dce(batched(body)), inside=True))))
 
 
 def oriented(graph: Graph) -> Graph:

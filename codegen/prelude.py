@@ -110,7 +110,7 @@ template <int N, class T, class F> static inline __attribute__((always_inline)) 
   else return f(fold<N / 2>(x, f), fold<N / 2>(x + N / 2, f));
 }
 
-// ---- small matrix products: sizes and strides are constants, sums run over k in order, each step one fma ----
+// ---- small matrix products: sizes and strides are constants, sums run over blocks of k in order, each step one fma ----
 template <class T, int W> struct Lanes { typedef T vec __attribute__((vector_size(W * sizeof(T)))); };
 template <class T> struct Lanes<T, 1> { typedef T vec; };
 #if defined(__clang__) && __has_builtin(__builtin_elementwise_fma)
@@ -175,9 +175,16 @@ template <class T> constexpr int width(int n) {
   return w;
 }
 
-// R rows and V vectors of columns of c[., N] = a b, from row 0 and column 0 on; the last vector ends at column N.
-template <class T, int W, int R, int V, int N, int K, int64_t AR, int64_t AC, int64_t BR>
-static inline __attribute__((always_inline)) void tile(T* __restrict c, const T* a, const T* b, int first) {
+// An axis of a matrix whose elements are views of memory: element (i, j, k) of sizes N0, N1, N2 lies at i S0 + j S1 + k S2.
+template <int N0, int64_t S0, int N1, int64_t S1, int N2, int64_t S2> struct Axis {
+  static constexpr int outer = N0 * N1, inner = N2, size = outer * inner;
+  static constexpr int64_t step = S2;
+  static int64_t start(int q) { return q / N1 * S0 + q % N1 * S1; }
+};
+constexpr int TERMS = 256;  // of a sum that are added up before they are added to the result
+// R rows and V vectors of columns of c[., N] = a b, the terms [from, to) of K; the last vector ends at column N.
+template <class T, int W, int R, int V, int N, class K, int64_t AR, int64_t BR, bool PACKED>
+static inline __attribute__((always_inline)) void tile(T* __restrict c, const T* a, const T* b, int first, int from, int to) {
   typedef typename Lanes<T, W>::vec vec;
   vec sum[R][V];
   int column[V];
@@ -187,37 +194,67 @@ static inline __attribute__((always_inline)) void tile(T* __restrict c, const T*
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) sum[r][v] = splat<vec, T>(0);
-  for (int k = 0; k < K; k++) {
-    vec row[V];
+  for (int q = from; q < to; q++) {
+    const T* x = a + K::start(q);
+#pragma GCC unroll 4
+    for (int k = 0; k < K::inner; k++, x += K::step, b += BR) {
+      vec row[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; v++) row[v] = load<vec>(b + k * BR + column[v]);
+      for (int v = 0; v < V; v++) row[v] = load<vec>(b + (PACKED ? v * W : column[v]));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const vec x = splat<vec>(a[r * AR + k * AC]);
+      for (int r = 0; r < R; r++) {
+        const vec y = splat<vec>(x[r * AR]);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v++) sum[r][v] = fma_(x, row[v], sum[r][v]);
+        for (int v = 0; v < V; v++) sum[r][v] = fma_(y, row[v], sum[r][v]);
+      }
     }
   }
+  if (from > 0)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + load<vec>(c + r * N + column[v]);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) memcpy(c + r * N + column[v], &sum[r][v], sizeof(vec));
 }
-template <class T, int W, int V, int M, int N, int K, int64_t AR, int64_t AC, int64_t BR>
-static inline __attribute__((always_inline)) void rows(T* __restrict c, const T* a, const T* b, int first) {
-  constexpr int most = at_least(1, at_most(8, SUMS / V)), groups = (M + most - 1) / most, R = (M + groups - 1) / groups;
-  for (int i = 0; i + R <= M; i += R) tile<T, W, R, V, N, K, AR, AC, BR>(c + i * N, a + i * AR, b, first);
-  constexpr int rest = M % R, start = M - rest;
-  if constexpr (rest > 0) tile<T, W, rest, V, N, K, AR, AC, BR>(c + start * N, a + start * AR, b, first);
+// V vectors of columns of c = a b, in blocks of terms; a block of b that many rows read is first put in order.
+template <class T, int W, int V, int N, class M, class K, int64_t BR>
+static inline __attribute__((always_inline)) void panel(T* __restrict c, const T* a, const T* b, int first) {
+  constexpr int most = at_least(1, at_most(12, SUMS / V)), groups = (M::inner + most - 1) / most;
+  constexpr int R = (M::inner + groups - 1) / groups, rest = M::inner % R, start = M::inner - rest;
+  constexpr int step = at_most(K::outer, at_least(1, TERMS / K::inner)), terms = step * K::inner;
+  constexpr bool packed = M::size >= 32 && BR != V * W && terms * V * W * sizeof(T) <= 65536;
+  constexpr int64_t stride = packed ? V * W : BR;
+  alignas(64) T block[packed ? terms * V * W : 1];
+  for (int from = 0; from < K::outer; from += step) {
+    const int to = at_most(from + step, K::outer);
+    const T* right = b + int64_t(from) * K::inner * BR;
+    if constexpr (packed) {
+      for (int k = 0; k < (to - from) * K::inner; k++)
+        for (int v = 0; v < V; v++)
+          memcpy(block + (k * V + v) * W, right + k * BR + at_most((first + v) * W, N - W), W * sizeof(T));
+      right = block;
+    }
+    for (int o = 0; o < M::outer; o++) {
+      const T* left = a + M::start(o);
+      T* out = c + int64_t(o) * M::inner * N;
+      for (int i = 0; i + R <= M::inner; i += R)
+        tile<T, W, R, V, N, K, M::step, stride, packed>(out + i * N, left + i * M::step, right, first, from, to);
+      if constexpr (rest > 0)
+        tile<T, W, rest, V, N, K, M::step, stride, packed>(out + start * N, left + start * M::step, right, first, from, to);
+    }
+  }
 }
-// c[M, N] = a b, a[i, k] = a[i * AR + k * AC], b[k, j] = b[k * BR + j].
-template <class T, int M, int N, int K, int64_t AR, int64_t AC, int64_t BR>
+// c[M, N] = a b, where a's rows are the axis M and its columns the axis K, and b[k, j] = b[k * BR + j].
+template <class T, int N, int64_t BR, class M, class K>
 static __attribute__((noinline)) void mm(T* __restrict c, const T* a, const T* b) {
-  constexpr int W = width<T>(N), vectors = (N + W - 1) / W, most = M == 1 ? 8 : M == 2 ? 6 : 3;
-  constexpr int groups = (vectors + most - 1) / most, V = (vectors + groups - 1) / groups;
-  for (int v = 0; v + V <= vectors; v += V) rows<T, W, V, M, N, K, AR, AC, BR>(c, a, b, v);
-  constexpr int rest = vectors % V;
-  if constexpr (rest > 0) rows<T, W, rest, M, N, K, AR, AC, BR>(c, a, b, vectors - rest);
+  constexpr int W = width<T>(N), vectors = (N + W - 1) / W, rows = M::inner;
+  constexpr int most = at_most(8, SUMS / at_most(rows, 4));
+  constexpr int groups = (vectors + most - 1) / most, V = (vectors + groups - 1) / groups, rest = vectors % V;
+  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR>(c, a, b, v);
+  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR>(c, a, b, vectors - rest);
 }
 // The sum of a vector's lanes and of the products of the K elements behind those in it: halves are added until one is left,
 // each with half as many of the rest.
@@ -276,6 +313,32 @@ static inline void gather(T* __restrict out, const T* __restrict x, const int64_
 template <class T, int64_t OUTER, int64_t SIZE, int64_t N, int64_t INNER, int DIM>
 static inline void scatter_add(T* __restrict out, const int64_t* __restrict index, const T* __restrict x, int64_t* bad) {
   indexed<OUTER, SIZE, N, INNER, DIM>(index, bad, [=](int64_t at, int64_t to) { out[to] = out[to] + x[at]; });
+}
+
+// ---- the largest value of each window and its place: the first of equal ones; a NaN wins ----
+template <class T, int64_t PLANES, int H, int W, int OH, int OW, int KH, int KW, int SH, int SW, int PH, int PW, int DH, int DW>
+static void max_pool(T* __restrict out, int64_t* __restrict places, const T* __restrict x) {
+  constexpr bool inside = PH == 0 && PW == 0 && (OH - 1) * SH + (KH - 1) * DH < H && (OW - 1) * SW + (KW - 1) * DW < W;
+  for (int64_t plane = 0; plane < PLANES; plane++, x += H * W)
+    for (int i = 0; i < OH; i++)
+      for (int j = 0; j < OW; j++) {
+        int top = i * SH - PH, left = j * SW - PW;
+        const int bottom = inside ? top + KH * DH : at_most(top + KH * DH, H);
+        const int right = inside ? left + KW * DW : at_most(left + KW * DW, W);
+        if (!inside) {
+          while (top < 0) top += DH;
+          while (left < 0) left += DW;
+        }
+        T most = -T(INFINITY);
+        int64_t at = top * W + left;
+        for (int r = top; r < bottom; r += DH)
+          for (int s = left; s < right; s += DW) {
+            const T y = x[r * W + s];
+            const bool more = y > most || y != y;
+            most = more ? y : most, at = more ? r * W + s : at;
+          }
+        *out++ = most, *places++ = at;
+      }
 }
 
 // out[R, C] from x[C, R], whose rows are STEP apart; whole blocks of vectors in registers.

@@ -5,6 +5,8 @@ Calls become kernels of the loop IR, products and moves; what they read is a den
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.fx import Node
 
@@ -19,14 +21,14 @@ from fxfunc.passes.graph import (
 from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
-from . import moves
+from . import conv, moves
 from .cost import product_work
 from .fuse import fuse
-from .index import VIEWS, NotFusable, Space, Split, pull, reshaped
+from .index import VIEWS, Affine, NotFusable, Space, Split, pull, reshaped
 from .loops import Apply, Const, Kernel
-from .lower import DTYPES, is_constant, is_free, is_fusable, lower
+from .lower import DTYPES, base, is_constant, is_free, is_fusable, lower
 from .moves import MOVES
-from .rows import PRODUCTS
+from .rows import POINTWISE, PRODUCTS, REDUCING
 
 aten = torch.ops.aten
 
@@ -35,7 +37,10 @@ aten = torch.ops.aten
 
 def refusal(n: Node) -> str | None:
     """Why a call cannot be C++, or None."""
-    vals = [n.meta["val"], *(x.meta["val"] for x in n.all_input_nodes)]
+    if n.target in conv.WAYS:
+        return conv.refusal([x.meta["val"] for x in n.all_input_nodes]) or "a large convolution"
+    outs = n.meta["val"] if n.target in MOVES and isinstance(n.meta["val"], tuple) else [n.meta["val"]]
+    vals = [*outs, *(x.meta["val"] for x in n.all_input_nodes)]
     for v in vals:
         if not isinstance(v, Val):
             return "several outputs"
@@ -89,15 +94,19 @@ def _may_raise(k: Kernel) -> str | None:
 
 # ---- preparing a graph ----
 
-# turned(x): a copy of transposed matrices in their own order.
+MAX_SPLITS = 16
+MAX_FACTORS = 3  # of an axis of the left factor of a product, in the prelude
+LANES = 8
+
+# turned(x, shape): a copy of transposed matrices in their own order, in this shape.
 turned = Op("turned")
-OWN[turned] = lambda val: val
+OWN[turned] = lambda val, shape: dataclasses.replace(val, shape=tuple(shape))
 
 
 def prepare(graph: Graph) -> Graph:
     """The graph with products as the prelude takes them, each output a value of its own, and the rest as kernels."""
     b = Builder(None)
-    copy = Copies(b)
+    copy = Copies(b, turn=True)
 
     def in_order(x):
         if isinstance(x, Value):
@@ -109,6 +118,8 @@ def prepare(graph: Graph) -> Graph:
             return b.emit(op, (args[0], *map(in_order, args[1:])), kwargs)
         if op in MOVES:
             return b.emit(op, tuple(map(in_order, args)), kwargs)
+        if op in POINTWISE or op in REDUCING:
+            args = tuple(copy(x) if isinstance(x, Value) and _is_turned_product(x.node) else x for x in args)
         if op not in PRODUCTS:
             return b.emit(op, args, kwargs)
         x, y = args
@@ -128,10 +139,12 @@ def prepare(graph: Graph) -> Graph:
 
 
 class Copies:
-    """Copies of views in their own order; a chain of views that is no affine map of one value is copied on the way."""
+    """Copies of views in their own order; a chain of views that is no affine map of one value is copied on the way.
 
-    def __init__(self, b: Builder):
-        self.b = b
+    With `turn` transposed matrices are copied by an op of ours, in a graph that is surely C++."""
+
+    def __init__(self, b: Builder, turn: bool):
+        self.b, self.turn = b, turn
         self.made: dict[Node, Value] = {}
 
     def __call__(self, x: Value, again: bool = False) -> Value:
@@ -141,8 +154,9 @@ class Copies:
         return self.made[x.node]
 
     def _copy(self, x: Value) -> Value:
-        if is_turned(x.node):
-            return self.b.emit(turned, (x,))
+        source = reshaped(x.node)
+        if self.turn and is_turned(source):
+            return self.b.emit(turned, (Value(source, self.b), list(x.shape)))
         out = self.b.emit(aten._to_copy.default, (x,), {"dtype": x.dtype})
         if x.node.target not in VIEWS or lowers(out.node) is None:
             return out
@@ -153,7 +167,7 @@ class Copies:
 def affine(graph: Graph) -> Graph:
     """The graph with copies of views that calls cannot read in place."""
     b = Builder(None)
-    copy = Copies(b)
+    copy = Copies(b, turn=False)
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op is scan:
@@ -174,17 +188,59 @@ def affine(graph: Graph) -> Graph:
 
 def strides(node: Node) -> tuple[Node, int, tuple[int, ...]] | None:
     """What a chain of views reads, as an offset and strides into a dense value; None if they are not affine."""
-    space = Space.of(node.meta["val"].shape)
-    m = space.root()
     try:
-        while (source := reshaped(node)).target in VIEWS:
-            m, node = pull(space, node, m), node.args[0]
+        source, flat = _followed(node, Space.of(node.meta["val"].shape))
     except (NotFusable, Split):
         return None
-    flat, node = space.flat(m, node.meta["val"].shape), source
-    if node.op == "call_function" and is_constant(node) or any(c < 0 for c in flat.coefs):
+    if _is_computed(source) or any(c < 0 for c in flat.coefs):
         return None
-    return node, flat.offset, flat.coefs
+    return source, flat.offset, flat.coefs
+
+
+Factors = tuple[tuple[int, int], ...]  # (size, step) of each part of an axis, the last innermost
+
+
+def factors(node: Node) -> tuple[Node, int, tuple[Factors, ...]] | None:
+    """`strides`, also where it takes several steps to walk an axis, or steps backward."""
+    space = Space.of(node.meta["val"].shape)
+    for _ in range(MAX_SPLITS):
+        try:
+            source, flat = _followed(node, space)
+        except NotFusable:
+            return None
+        except Split as split:
+            space = space.split(split.axis, split.inner)
+            continue
+        steps = iter(flat.coefs)
+        parts = tuple(_merged([(n, next(steps)) for n in f]) for f in space.factors)
+        return None if _is_computed(source) else (source, flat.offset, parts)
+    return None
+
+
+def _followed(node: Node, space: Space) -> tuple[Node, Affine]:
+    """What a chain of views reads, and where."""
+    m = space.root()
+    while (source := reshaped(node)).target in VIEWS:
+        m, node = pull(space, node, m), node.args[0]
+    return source, space.flat(m, node.meta["val"].shape)
+
+
+def _is_computed(node: Node) -> bool:
+    """True for a constant, which lies nowhere."""
+    return node.op == "call_function" and is_constant(node)
+
+
+def _merged(parts: list[tuple[int, int]]) -> Factors:
+    """The parts of an axis, those that one step walks as one."""
+    out: list[tuple[int, int]] = []
+    for n, step in parts:
+        if n == 1:
+            continue
+        if out and out[-1][1] == step * n:
+            out[-1] = (out[-1][0] * n, step)
+        else:
+            out.append((n, step))
+    return tuple(out or [(1, 0)])
 
 
 def is_turned(node: Node) -> bool:
@@ -193,6 +249,13 @@ def is_turned(node: Node) -> bool:
     if found is None or val.ndim not in (2, 3) or val.dtype not in (torch.float32, torch.float64):
         return False
     return min(val.shape[-2:]) > 1 and found[2][-2] == 1 and found[2][-1] >= val.shape[-2]
+
+
+def _is_turned_product(node: Node) -> bool:
+    """True for a transposed product that fills vectors: a copy costs less than reads in steps."""
+    turned_ = reshaped(node)
+    product = base(turned_).target in PRODUCTS and turned_.op == "call_function"
+    return product and is_turned(turned_) and min(turned_.meta["val"].shape[-2:]) >= LANES
 
 
 def dense(node: Node) -> bool:
@@ -208,10 +271,10 @@ def dense(node: Node) -> bool:
 
 
 def form(x: Node, y: Node) -> str | None:
-    """How a product is computed: "mm" or "dots", of the transposed ones if it has one column; None: not as they are."""
+    """How a product is computed: "mm" or "dots", of the transposed ones if it has one column, "windows"; None: it is not."""
     a, b = strides(x), strides(y)
     if a is None or b is None:
-        return None
+        return _windowed(x, y)
     rows, columns = x.meta["val"].shape[-2], y.meta["val"].shape[-1]
     (a_row, a_k), (b_k, b_column) = a[2][-2:], b[2][-2:]
     if columns == 1:  # (y' x')'
@@ -219,3 +282,16 @@ def form(x: Node, y: Node) -> str | None:
     if columns == 1 or b_column == 1:
         return "mm"
     return "dots" if b_k == 1 and a_k == 1 and rows <= 2 else None
+
+
+def _windowed(x: Node, y: Node) -> str | None:
+    """How a product is computed whose left factor no two strides describe."""
+    a, b = factors(x), strides(y)
+    if (
+        a is None
+        or b is None
+        or any(len(f) > MAX_FACTORS for f in a[2])
+        or any(len(f) > 1 for f in a[2][:-2])
+    ):
+        return None
+    return "windows" if b[2][-1] == 1 or y.meta["val"].shape[-1] == 1 else None

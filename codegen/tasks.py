@@ -41,7 +41,7 @@ from .loops import kernel as kernel_op
 from .lower import base, is_free
 from .moves import MOVES
 from .prelude import prelude
-from .prepare import form, prepare, strides, turned
+from .prepare import Factors, factors, form, prepare, strides, turned
 from .rows import PRODUCTS
 
 aten = torch.ops.aten
@@ -239,19 +239,20 @@ class _Body:
 
     def _product(self, n: Node) -> None:
         x, y = n.args
-        (a, a_at, a_strides), (b, b_at, b_strides) = strides(x), strides(y)
-        rows, columns = n.meta["val"].shape[-2:]
-        way, k, t = form(x, y), x.meta["val"].shape[-1], TYPES[n.meta["val"].dtype]
-        (a_row, a_k), (b_k, b_column) = a_strides[-2:], b_strides[-2:]
-        c = self.place(n)
+        if form(x, y) != "windows" and n.meta["val"].shape[-1] == 1:  # (y' x')'
+            rows, columns, x, y = 1, n.meta["val"].shape[-2], y, x
+            (a, a_at, (*a_batch, a_k, _)), (b, b_at, (*b_batch, b_column, b_k)) = factors(x), strides(y)
+            a_row = ((1, 0),)
+        else:
+            rows, columns = n.meta["val"].shape[-2:]
+            (a, a_at, (*a_batch, a_row, a_k)), (b, b_at, (*b_batch, b_k, b_column)) = factors(x), strides(y)
+        t, c = TYPES[n.meta["val"].dtype], self.place(n)
         left, right = f"{self.places[a]} + {a_at}", f"{self.places[b]} + {b_at}"
-        left_step, right_step = (s[0] if len(s) == 3 else 0 for s in (a_strides, b_strides))
-        if columns == 1:
-            left, right, left_step, right_step = right, left, right_step, left_step
-            rows, columns, a_row, a_k, b_k, b_column = 1, rows, 0, b_k, a_k, a_row
-        kind = f"mm<{t}, {rows}, {columns}, {k}, {a_row}, {a_k}, {b_k}>"
-        if way == "dots":
-            kind = f"dots<{t}, {rows}, {columns}, {k}, {a_row}, {b_column}>"
+        left_step = a_batch[0][0][1] if a_batch else 0
+        right_step = b_batch[0] if b_batch else 0
+        kind = f"mm<{t}, {columns}, {b_k}, {_axis(a_row, True)}, {_axis(a_k, False)}>"
+        if form(*n.args) == "dots":
+            kind = f"dots<{t}, {rows}, {columns}, {numel(s for s, _ in a_k)}, {a_row[0][1]}, {b_column}>"
         if n.target is aten.bmm.default:
             count, size = n.meta["val"].shape[0], rows * columns
             self.emit(f"for (int64_t i = 0; i < {count}; i++)")
@@ -261,7 +262,7 @@ class _Body:
 
     def _turned(self, n: Node) -> None:
         node, offset, (*batch, _, step) = strides(n.args[0])
-        *counts, rows, columns = n.meta["val"].shape
+        *counts, rows, columns = n.args[0].meta["val"].shape
         out, source = self.place(n), f"{self.places[node]} + {offset}"
         for count, size in zip(counts, batch, strict=True):
             self.emit(f"for (int64_t i = 0; i < {count}; i++)")
@@ -271,9 +272,9 @@ class _Body:
     def _move(self, n: Node) -> None:
         call = MOVES[n.target](*n.args, **n.kwargs)
         sources = [self.pointer(x) for x in call.sources]
-        out, t = self.place(n), TYPES[n.meta["val"].dtype]
+        outs, t = self.outputs(n), TYPES[call.sources[0].meta["val"].dtype]
         for line in call.lines:
-            self.emit(line.format(*sources, out=out, T=t))
+            self.emit(line.format(*sources, out=outs[0], outs=outs, T=t))
 
 
 class _Map:
@@ -396,6 +397,13 @@ def _how(n: Node) -> str:
         if n.target is turned
         else "a move of memory"
     )
+
+
+def _axis(parts: Factors, inner: bool) -> str:
+    """An axis of the left factor of a product; one that a single step walks is the inner or the outer loop."""
+    first, *rest = [*parts] if len(parts) > 1 else [(1, 0), *parts] if inner else [*parts, (1, 0)]
+    middle = rest[0] if len(rest) > 1 else (1, 0)
+    return f"Axis<{', '.join(str(x) for part in (first, middle, rest[-1]) for x in part)}>"
 
 
 def _part(v: Val, at: int, offset: str = "") -> str:

@@ -142,9 +142,17 @@ def _is_transpose(n: Node) -> bool:
 
 
 def _only_for(n: Node, graph: Graph) -> bool:
-    """`n` alone reads its operand, a product."""
+    """`n` alone reads its operand, a product that is as good the other way round."""
     product = n.args[0]
-    return product.target in PRODUCTS and len(product.users) == 1 and product not in graph.outputs
+    alone = product.target in PRODUCTS and len(product.users) == 1 and product not in graph.outputs
+    return alone and not reads_windows(product.args[0])
+
+
+def reads_windows(x: Node) -> bool:
+    """True for windows of a value, in another shape or order; they overlap, so that they are no matrix in memory."""
+    while x.target in (aten.reshape.default, aten.permute.default, aten.flip.default, aten.slice.Tensor):
+        x = x.args[0]
+    return x.target is aten.unfold.default
 
 
 def _transposed(x: Node, env: Env) -> Value:

@@ -265,7 +265,14 @@ def _unfold(a, dim, size, step):
     return out if a.ndim else out.reshape([size])
 
 
-composite(aten.unfold.default, _unfold)
+def _unfold_batch(ctx, op, args, kwargs):
+    a, dim, size, step = args
+    x, ndim = ctx.lift(a), max(a.ndim, 1)
+    x = x if a.ndim else x.reshape([ctx.length, 1])
+    return x.call(op, dim % ndim + 1, size, step).reshape([ctx.length, *ctx.out.shape])
+
+
+composite(aten.unfold.default, _unfold, batch=_unfold_batch)
 
 # ----- embeddings -----------------------------------------------------------------------------------------------------
 
