@@ -58,6 +58,22 @@ def _unbound(x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(x.call(aten.select.int, dim, i) for i in range(x.shape[dim]))
 
 
+def _nll_loss(
+    x: Value, target: Value, weight: Value | None, reduction: int, ignored: int
+) -> tuple[Value, Value] | None:
+    """The loss of log-probabilities [N, C] or [C], and by what a mean is divided."""
+    if weight is not None or target.ndim + 1 != x.ndim:
+        return None
+    shape = list(target.shape)
+    out = target.eq(ignored)
+    index = out.where(0, target).reshape([*shape, 1])
+    losses = out.where(0, -x.call(aten.gather.default, x.ndim - 1, index).reshape(shape))
+    count = out.where(x.full([], 0), x.full([], 1)).sum()
+    if reduction == 0:
+        return losses, x.full([], 0)
+    return (losses.sum() / count if reduction == 1 else losses.sum()), count
+
+
 def _var(
     x: Value, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> Value:
@@ -81,6 +97,7 @@ WAYS = {
     aten.std.correction: lambda x, *dim, **how: _var(x, *dim, **how).sqrt(),
     aten.unbind.int: _unbound,
     aten.trace.default: lambda x: x.call(aten.diagonal.default).sum(),
+    aten.nll_loss_forward.default: _nll_loss,
     **norms.WAYS,
 }
 
