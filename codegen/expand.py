@@ -27,12 +27,12 @@ LARGE_CONVOLUTION = 2**20  # multiplications from which a convolution outside of
 
 
 def expand(graph: Graph, inside: bool = False) -> Graph:
-    """The graph with such calls taken apart; `inside` of a loop also large convolutions."""
+    """The graph with such calls taken apart; `inside` of a loop in C++ also large convolutions."""
     b = Builder(None)
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op in (map_, scan):
-            return b.emit(op, (expand(args[0], True), *args[1:]), kwargs)
+            return b.emit(op, (expand(args[0], inside), *args[1:]), kwargs)
         if op in conv.WAYS:
             return conv.WAYS[op](*args) if _is_taken(op, vals(args), inside) else b.emit(op, args, kwargs)
         if op in pool.WAYS and pool.is_taken(args[0]):

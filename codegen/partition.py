@@ -49,7 +49,7 @@ log = logging.getLogger("fxfunc")
 SMALL_MAP = 2**20  # multiplications below which a map is batched: threads would cost more than they save
 LARGE_PRODUCT = 2**20  # multiplications from which a product outside of a map is ATen's
 LARGE_TASK_PRODUCT = 2**22  # and inside
-LARGE_TASK_WINDOWS = 2**28  # and inside, of a convolution, which ATen does no better for many tasks at once
+LARGE_TASK_WINDOWS = 2**30  # and inside, of a convolution, which ATen does no better for many tasks at once
 # A matrix of so many bytes that all tasks read, each for a few rows, is read once by a batched product.
 SHARED_BYTES, FEW_ROWS = 2**17, 16
 STREAMED = 8  # multiplications that cost as much as one with an element that is read from memory
@@ -91,7 +91,12 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op is scan:
-            return b.emit(op, (_flat(args[0]), *args[1:]), kwargs)
+            body = _flat(args[0])
+            if _why_no_loop(body, kwargs["length"]) is not None:
+                body = _flat(
+                    args[0], inside=False
+                )  # ATen's convolutions are better than what they are taken apart to
+            return b.emit(op, (body, *args[1:]), kwargs)
         if op is not map_:
             return b.emit(op, args, kwargs)
         body = _flat(args[0])
@@ -179,9 +184,9 @@ def _simpler(graph: Graph) -> Graph:
     return graph
 
 
-def _flat(body: Graph) -> Graph:
-    """A body with its own maps batched."""
-    return affine(oriented(_simpler(expand(dce(batched(body)), inside=True))))
+def _flat(body: Graph, inside: bool = True) -> Graph:
+    """A body with its own maps batched; not `inside` of a loop in C++ large convolutions stay."""
+    return affine(oriented(_simpler(expand(dce(batched(body)), inside))))
 
 
 def oriented(graph: Graph) -> Graph:
