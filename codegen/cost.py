@@ -36,7 +36,7 @@ class Limits:
     large_product: int = 2**20
     large_task_product: int = 2**22
     # The same of a convolution in a task, which ATen does no better for many tasks at once.
-    large_task_windows: int = 2**28
+    large_task_windows: int = 2**30
     # A matrix of so many bytes that all tasks read, each for so few rows, is read once by a batched product.
     shared_bytes: int = 2**17
     few_rows: int = 16

@@ -25,12 +25,12 @@ LARGE_CONVOLUTION = 2**20  # multiplications from which a convolution outside of
 
 
 def expand(graph: Graph, inside: bool = False) -> Graph:
-    """The graph with such calls taken apart; `inside` of a loop also large convolutions."""
+    """The graph with such calls taken apart; `inside` of a loop in C++ also large convolutions."""
     b = Builder(None)
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op in (map_, scan):
-            return b.emit(op, (expand(args[0], True), *args[1:]), kwargs)
+            return b.emit(op, (expand(args[0], inside), *args[1:]), kwargs)
         if op in conv.WAYS:
             return conv.WAYS[op](*args) if _is_taken(op, vals(args), inside) else b.emit(op, args, kwargs)
         if op in pool.WAYS and pool.is_taken(args[0]):
@@ -56,6 +56,22 @@ def _unbound(x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(x.call(aten.select.int, dim, i) for i in range(x.shape[dim]))
 
 
+def _nll_loss(
+    x: Value, target: Value, weight: Value | None, reduction: int, ignored: int
+) -> tuple[Value, Value] | None:
+    """The loss of log-probabilities [N, C] or [C], and by what a mean is divided."""
+    if weight is not None or target.ndim + 1 != x.ndim:
+        return None
+    shape = list(target.shape)
+    out = target.eq(ignored)
+    index = out.where(0, target).reshape([*shape, 1])
+    losses = out.where(0, -x.call(aten.gather.default, x.ndim - 1, index).reshape(shape))
+    count = out.where(x.full([], 0), x.full([], 1)).sum()
+    if reduction == 0:
+        return losses, x.full([], 0)
+    return (losses.sum() / count if reduction == 1 else losses.sum()), count
+
+
 def _var(
     x: Value, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> Value:
@@ -79,6 +95,7 @@ WAYS = {
     aten.std.correction: lambda x, *dim, **how: _var(x, *dim, **how).sqrt(),
     aten.unbind.int: _unbound,
     aten.trace.default: lambda x: x.call(aten.diagonal.default).sum(),
+    aten.nll_loss_forward.default: _nll_loss,
     **norms.WAYS,
 }
 

@@ -93,7 +93,12 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op is scan:
-            return b.emit(op, (_flat(args[0]), *args[1:]), kwargs)
+            body = _flat(args[0])
+            if _why_no_loop(body, kwargs["length"]) is not None:
+                body = _flat(
+                    args[0], inside=False
+                )  # ATen's convolutions are better than what they are taken apart to
+            return b.emit(op, (body, *args[1:]), kwargs)
         if op is not map_:
             return b.emit(op, args, kwargs)
         body = _flat(args[0])
@@ -169,9 +174,9 @@ def _simpler(graph: Graph) -> Graph:
     return graph
 
 
-def _flat(body: Graph) -> Graph:
-    """A body with its own maps batched."""
-    return affine(oriented(_simpler(expand(dce(batched(body)), inside=True))))
+def _flat(body: Graph, inside: bool = True) -> Graph:
+    """A body with its own maps batched; not `inside` of a loop in C++ large convolutions stay."""
+    return affine(oriented(_simpler(expand(dce(batched(body)), inside))))
 
 
 def oriented(graph: Graph) -> Graph:

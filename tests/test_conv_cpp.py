@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import fxfunc
+from fxfunc.bench import registry
 from fxfunc.codegen import cost, cxx
 
 pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
@@ -154,7 +155,9 @@ POOLS = {
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
     "adaptive_one": lambda x: F.adaptive_avg_pool2d(x, 1),
     "adaptive_max": lambda x: F.adaptive_max_pool2d(x, (2, 4)),
-    "batch_norm_fixed": lambda x: F.batch_norm(x, draw(6), draw(6).exp(), x[1, :, 0, 0], x[1, :, 0, 1]),
+    "batch_norm_fixed": lambda x: F.batch_norm(
+        x, torch.zeros(6, dtype=F64), torch.ones(6, dtype=F64), x[1, :, 0, 0], x[1, :, 0, 1]
+    ),
     "group_norm": lambda x: F.group_norm(x, 3, x[0, :, 0, 0], x[0, :, 0, 1]),
 }  # fmt: skip
 
@@ -209,3 +212,22 @@ def test_batch_norm_by_the_batch_equals_a_loop_over_examples(weights, how):
     wanted = torch.stack(wanted) if how == "vmap" else [torch.stack(ys) for ys in zip(*wanted, strict=True)]
     found = on_cpp(fxfunc.vmap(grads(fxfunc), (0, None, None)), x, w, b)(x, w, b)
     assert_close(found, wanted, 1e-9)
+
+
+# ---- whole nets ----
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(4,), ()], ids=str)
+def test_a_loss_by_labels_equals_torch_func(reduction, shape):
+    x, y = draw(3, *shape, 5), torch.tensor([[0, 4, -100, 2], [1] * 4, [-100] * 4])
+    y = y if shape else y[:, 0]
+    f = lambda x, y: F.nll_loss(x.log_softmax(-1), y, reduction=reduction) * 2
+    assert_close(on_cpp(fxfunc.vmap(f), x, y)(x, y), torch.func.vmap(f)(x, y), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["psg8[batch=5]", "digits-cnn[tasks=3,steps=2]"])
+def test_workloads_equal_their_float64_reference(name):
+    w = registry.find(name)
+    inputs = pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, w.inputs(**w.parameters))
+    assert_close(on_cpp(w.function(fxfunc), *inputs)(*inputs), w.exact()(*inputs), 1e-9)
