@@ -82,18 +82,19 @@ def kept(cut: Linearized, policy: Policy) -> list[Node]:
     fixed = set(compared(cut))
     if policy == "min_cut":
         return sorted(_least(needed, fixed))
-    return sorted(_first(needed, fixed, _products if policy == "dots" else _SAVEABLE.get(policy, policy)))
+    saveable = _SAVEABLE[policy] if isinstance(policy, str) else policy
+    return sorted(_first(needed, fixed, lambda call: _holds(call, saveable)))
 
 
-def _products(call: Node) -> bool:
-    return call.target in PRODUCTS
+def _holds(call: Node, saveable: Callable[[Node], bool]) -> bool:
+    """Whether a call may be saved: it itself, or one inside of a loop, whose steps are kept and not repeated then."""
+    return saveable(call) or any(_holds(m, saveable) for body in subgraphs(call) for m in body.nodes)
 
 
-def _nothing(call: Node) -> bool:
-    return False
-
-
-_SAVEABLE: dict[object, Callable[[Node], bool]] = {"nothing": _nothing}
+_SAVEABLE: dict[str, Callable[[Node], bool]] = {
+    "nothing": lambda call: False,
+    "dots": lambda call: call.target in PRODUCTS,
+}
 PRODUCTS = {
     op
     for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.mv, aten.dot)
@@ -140,6 +141,7 @@ def _least(needed: list[Node], fixed: set[Node]) -> set[Node]:
     nodes = cone(needed, ())
     source, sink = 2 * len(nodes), 2 * len(nodes) + 1
     network, number = Network(sink + 1), {n: 2 * i for i, n in enumerate(nodes)}
+    fixed = fixed | joins(nodes)
     for n, i in number.items():
         network.edge(i, i + 1, capacity(n))
         if n.op == "placeholder" or n in fixed or not is_cheap(call_of(n)):
@@ -150,6 +152,24 @@ def _least(needed: list[Node], fixed: set[Node]) -> set[Node]:
         network.edge(number[n] + 1, sink, _UNCUT)
     behind = network.least_cut(source, sink)[1]
     return {n for n, i in number.items() if i + 1 in behind and i not in behind}
+
+
+def joins(nodes: list[Node]) -> set[Node]:
+    """Cheap calls that read another cheap one from before a costly call, and something from after it, as where a block adds
+    its input to its result.
+
+    Computed again they would keep all that leads to them, from one costly call to the next, while the backward passes these.
+    """
+    depth: dict[Node, int] = {}
+    found: set[Node] = set()
+    for n in nodes:
+        light = n.op == "call_function" and is_cheap(call_of(n))
+        top = max((depth[m] for m in n.all_input_nodes), default=0)
+        depth[n] = top + (n.op == "call_function" and n.target is not getitem and not light)
+        behind = [m for m in map(owner, n.all_input_nodes) if 0 < depth[m] < top]
+        if light and any(m not in found and m.op == "call_function" and is_cheap(call_of(m)) for m in behind):
+            found.add(n)
+    return found
 
 
 def capacity(n: Node) -> int:

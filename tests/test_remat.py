@@ -205,6 +205,7 @@ def test_min_cut_keeps_less(f):
 def test_each_policy_keeps_what_it_says():
     assert kept(mlp, "nothing") == []
     assert kept(mlp, "dots") == ["aten.mm.default"] * 3
+    assert "aten.mm.default" in kept(looped, "dots") and kept(looped, "nothing") == []
     assert kept(mlp, lambda call: call.target is aten.tanh.default) == ["aten.tanh.default"] * 3
 
 
@@ -248,6 +249,18 @@ def test_what_is_computed_again_is_computed_late():
 
     found = fxfunc.saved_residuals(blocks, *ARGS)
     assert found.peak < 0.7 * found.plain_peak and found.total < 0.3 * found.plain_total
+
+
+def test_a_chain_of_sums_is_not_computed_again_in_one_piece():
+    """It would hold every block's result while the backward is in the last one."""
+
+    def blocks(w, x):
+        for i, m in enumerate(w):
+            x = F.gelu(x @ m) + x if i % 2 else F.silu(x @ m) + x  # so that it is no loop
+        return x.square().sum()
+
+    found = fxfunc.saved_residuals(fxfunc.checkpoint(blocks), list(randn(8, 6, 6)), randn(50, 6))
+    assert found.peak < 0.6 * found.plain_peak and found.total < 0.5 * found.plain_total
 
 
 def test_second_order_keeps_less_too():
