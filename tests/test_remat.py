@@ -166,7 +166,7 @@ def test_random_numbers_are_drawn_once(use, policy):
 
 
 @policies
-def test_no_draw_comes_twice_in_a_backward(policy):
+def test_semantics_15_no_draw_comes_twice_in_a_backward(policy):
     def draws(f):
         graph = lowered(fxfunc.jit(fxfunc.grad(f)).lower(*ARGS).graph)
         return [n.target for n in graph.nodes if is_random(n)]
@@ -209,7 +209,7 @@ def test_each_policy_keeps_what_it_says():
     assert kept(mlp, lambda call: call.target is aten.tanh.default) == ["aten.tanh.default"] * 3
 
 
-def test_what_compares_is_kept_under_every_policy():
+def test_semantics_20_what_compares_is_kept_under_every_policy():
     """SEMANTICS 20: equality of a value computed again with one that was kept may not hold."""
     assert "aten.eq.Tensor" in kept(lambda w, x: (x @ w[0]).amax(1).sum(), "nothing")
     assert [w for w in kept(largest, "nothing") if "max" in w or "eq" in w]
