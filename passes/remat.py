@@ -141,16 +141,17 @@ def _least(needed: list[Node], fixed: set[Node]) -> set[Node]:
     nodes = cone(needed, ())
     source, sink = 2 * len(nodes), 2 * len(nodes) + 1
     network, number = Network(sink + 1), {n: 2 * i for i, n in enumerate(nodes)}
-    fixed = fixed | joins(nodes)
+    once = fixed | joins(nodes)
     for n, i in number.items():
-        network.edge(i, i + 1, capacity(n))
-        if n.op == "placeholder" or n in fixed or not is_cheap(call_of(n)):
+        network.edge(i, i + 1, nbytes(n.meta["val"]) if n in fixed else capacity(n))
+        if n.op == "placeholder" or n in once or not is_cheap(call_of(n)):
             network.edge(source, i, _UNCUT)
         for m in n.all_input_nodes:
             network.edge(number[m] + 1, i, _UNCUT)
     for n in needed:
         network.edge(number[n] + 1, sink, _UNCUT)
-    behind = network.least_cut(source, sink)[1]
+    least, behind = network.least_cut(source, sink)
+    assert least < _UNCUT, "a residual that can be neither kept nor computed again"
     return {n for n, i in number.items() if i + 1 in behind and i not in behind}
 
 
@@ -163,13 +164,17 @@ def joins(nodes: list[Node]) -> set[Node]:
     depth: dict[Node, int] = {}
     found: set[Node] = set()
     for n in nodes:
-        light = n.op == "call_function" and is_cheap(call_of(n))
+        light = _is_light(n)
         top = max((depth[m] for m in n.all_input_nodes), default=0)
         depth[n] = top + (n.op == "call_function" and n.target is not getitem and not light)
         behind = [m for m in map(owner, n.all_input_nodes) if 0 < depth[m] < top]
-        if light and any(m not in found and m.op == "call_function" and is_cheap(call_of(m)) for m in behind):
+        if light and not is_view(n) and any(m not in found and _is_light(m) for m in behind):
             found.add(n)
     return found
+
+
+def _is_light(n: Node) -> bool:
+    return n.op == "call_function" and is_cheap(call_of(n))
 
 
 def capacity(n: Node) -> int:

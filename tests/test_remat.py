@@ -92,12 +92,16 @@ USES = {
 }
 
 
-@pytest.mark.parametrize(
-    "f,policy",
-    [(f, p) for f in CASES for p in (POLICIES if f is mlp else ("min_cut", "nothing"))],
-    ids=lambda x: getattr(x, "__name__", x),
-)
-@pytest.mark.parametrize("use", USES)
+def combinations():
+    """The first case under every policy, the others under two; their longer uses are in the slow suite."""
+    for f, use in itertools.product(CASES, USES):
+        for policy in POLICIES if f is mlp else ("min_cut", "nothing"):
+            slow = f is not mlp and use not in ("grad", "grad_grad", "vmap_grad")
+            name = f"{use}-{f.__name__}-{getattr(policy, '__name__', policy)}"
+            yield pytest.param(use, f, policy, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("use,f,policy", combinations())
 def test_a_checkpoint_changes_no_number(use, f, policy):
     ours = USES[use](fxfunc.checkpoint(f, policy=policy))(*ARGS)
     torch.testing.assert_close(ours, USES[use](f)(*ARGS), rtol=1e-12, atol=1e-12)
@@ -119,8 +123,8 @@ def test_ordinary_autograd_around_it(policy):
     torch.testing.assert_close(second, twice(mlp)(*ARGS))
 
 
-@policies
-@pytest.mark.parametrize("use", ["grad", "grad_vmap", "grad_scan"])
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
+@pytest.mark.parametrize("use", ["grad", "grad_scan"])
 def test_cpp_computes_the_same(use, policy):
     program = fxfunc.jit(USES[use](fxfunc.checkpoint(mlp, policy=policy))).lower(*ARGS).compile(backend="cpp")
     torch.testing.assert_close(program(*ARGS), USES[use](mlp)(*ARGS), rtol=1e-12, atol=1e-12)
@@ -133,7 +137,7 @@ def test_a_cotangent_that_is_zero_is_not_made(policy):
     torch.testing.assert_close(fxfunc.grad(lambda x: f(x)[0])(torch.zeros(2)), torch.ones(2))
 
 
-@policies
+@pytest.mark.parametrize("policy", ["min_cut", keeps_gelu])
 def test_artifact(policy, tmp_path):
     program = fxfunc.jit(fxfunc.grad(fxfunc.checkpoint(mlp, policy=policy))).lower(*ARGS).compile()
     program.save(tmp_path / "a.fxf")
@@ -153,7 +157,7 @@ def dropped(w, x):
     return F.dropout(F.gelu(x @ w[0]), 0.5).sin().sum() + torch.rand_like(x).mul(x).sum()
 
 
-@policies
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
 @pytest.mark.parametrize("use", ["value", "grad", "grad_grad", "jvp"])
 def test_random_numbers_are_drawn_once(use, policy):
     """The gradient is that of the mask that the value has, and the stream moves on as without a checkpoint."""
@@ -213,6 +217,18 @@ def test_semantics_20_what_compares_is_kept_under_every_policy():
     """SEMANTICS 20: equality of a value computed again with one that was kept may not hold."""
     assert "aten.eq.Tensor" in kept(lambda w, x: (x @ w[0]).amax(1).sum(), "nothing")
     assert [w for w in kept(largest, "nothing") if "max" in w or "eq" in w]
+
+
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
+def test_what_a_derivative_compares_inside_of_a_call_is_kept(policy):
+    """Views too: the distances are compared with differences of what they were computed from."""
+
+    def farthest(w, x):
+        return torch.cdist(x.exp()[:, :3], x.sin()[:, :3], p=float("inf")).sum()
+
+    assert [w for w in kept(farthest, policy) if "cdist" in w or "slice" in w] != []
+    checkpointed = fxfunc.checkpoint(farthest, policy=policy)
+    torch.testing.assert_close(fxfunc.grad(checkpointed, 1)(*ARGS), fxfunc.grad(farthest, 1)(*ARGS))
 
 
 def test_residuals_have_names_lines_and_bytes():
