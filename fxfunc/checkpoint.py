@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch.fx import Node
@@ -32,10 +32,12 @@ def checkpoint(f: Callable, *, policy: str | Callable[[Node], bool] = "min_cut")
     Values, structure and derivatives of any order are those of `f`; it may write to its arguments, once. Follows
     jax.checkpoint and torch.utils.checkpoint. Raises TypeOfArgument for another policy.
     """
-    if not (callable(policy) or policy in POLICIES):
+    if not (
+        policy in POLICIES if isinstance(policy, str) else callable(policy) and isinstance(policy, Hashable)
+    ):
         raise errors.TypeOfArgument(
             what=f"checkpoint: policy is {policy!r}",
-            instead=f"Use one of {', '.join(map(repr, POLICIES))}, or a function of a node.",
+            instead=f"Use one of {', '.join(map(repr, POLICIES))}, or a function of a node that can be hashed.",
         )
 
     @transform(f, "checkpoint", policy)

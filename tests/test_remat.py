@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fxfunc
+from fxfunc.bench import residuals
 from fxfunc.codegen import serial
 from fxfunc.passes import remat
 from fxfunc.passes.flow import Network
@@ -299,9 +300,17 @@ def test_writes_happen_once():
     torch.testing.assert_close(run(fxfunc.checkpoint(f)), run(f))
 
 
-def test_a_policy_that_is_none_is_refused():
+@pytest.mark.parametrize("policy", ["everything", None, 3])
+def test_a_policy_that_is_none_is_refused(policy):
     with pytest.raises(fxfunc.errors.TypeOfArgument, match="min_cut"):
-        fxfunc.checkpoint(mlp, policy="everything")
+        fxfunc.checkpoint(mlp, policy=policy)
+
+
+def test_the_ways_of_the_benchmark_have_one_gradient():
+    example = ([{k: v.double() for k, v in p.items()} for p in residuals.parameters(2, 8)], randn(2, 3, 8))
+    expected = fxfunc.grad(residuals.loss)(*example)
+    for way in residuals.WAYS:
+        torch.testing.assert_close(residuals.gradient(way, example)(), expected)
 
 
 # ----- cuts -----------------------------------------------------------------------------------------------------------
