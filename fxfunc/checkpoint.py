@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch.fx import Node
@@ -25,15 +25,19 @@ def checkpoint(f: Callable, *, policy: str | Callable[[Node], bool] = "min_cut")
 
     policy: "min_cut" keeps the values of least bytes from which the rest follows without products, loops and large sums;
     "dots" keeps the results of products; "nothing" only the arguments. A function of a node of the graph (its `target` an
-    operator, its `meta["val"]` shape and dtype) says True for a call whose results are kept; it must be pure. Random numbers
-    are drawn once under every policy, and what compares floating point numbers for equality, sorts, or finds the place of one
-    is computed once. Values, derivatives of any order and structure are those of `f`. Follows jax.checkpoint and
-    torch.utils.checkpoint. Raises TypeOfArgument for another policy.
+    operator, its `meta["val"]` shape and dtype) says True for a call whose results are kept; it must be pure. Under every
+    policy random numbers are drawn once, and what compares floating point numbers for equality, sorts, or finds the place
+    of one is computed once. Under vmap(randomness="same") a function that draws keeps everything.
+
+    Values, structure and derivatives of any order are those of `f`; it may write to its arguments, once. Follows
+    jax.checkpoint and torch.utils.checkpoint. Raises TypeOfArgument for another policy.
     """
-    if not (callable(policy) or policy in POLICIES):
+    if not (
+        policy in POLICIES if isinstance(policy, str) else callable(policy) and isinstance(policy, Hashable)
+    ):
         raise errors.TypeOfArgument(
             what=f"checkpoint: policy is {policy!r}",
-            instead=f"Use one of {', '.join(map(repr, POLICIES))}, or a function of a node.",
+            instead=f"Use one of {', '.join(map(repr, POLICIES))}, or a function of a node that can be hashed.",
         )
 
     @transform(f, "checkpoint", policy)
@@ -58,10 +62,10 @@ def _checkpointed(f: Callable, policy: Policy, args, kwargs):
         writable=lambda i: True,
     )
     inputs, graph = [*tensors, *captured.captures], captured.graph
-    if not (
-        graph.draws and any(r.randomness == "same" for r in recorders())
-    ):  # which takes draws out of its body
-        graph = _region(graph, policy, graph.written, graph.fresh)
+    drawn_outside = graph.draws and any(
+        r.randomness == "same" for r in recorders()
+    )  # by a vmap, not from a region
+    graph = graph if drawn_outside else _region(graph, policy, graph.written, graph.fresh)
     return captured.outputs(write_back(captured.graph, inputs, execute(graph, inputs)))
 
 

@@ -82,18 +82,19 @@ def kept(cut: Linearized, policy: Policy) -> list[Node]:
     fixed = set(compared(cut))
     if policy == "min_cut":
         return sorted(_least(needed, fixed))
-    return sorted(_first(needed, fixed, _products if policy == "dots" else _SAVEABLE.get(policy, policy)))
+    saveable = _SAVEABLE[policy] if isinstance(policy, str) else policy
+    return sorted(_first(needed, fixed, lambda call: _holds(call, saveable)))
 
 
-def _products(call: Node) -> bool:
-    return call.target in PRODUCTS
+def _holds(call: Node, saveable: Callable[[Node], bool]) -> bool:
+    """Whether a call may be saved: it itself, or one inside of a loop, whose steps are kept and not repeated then."""
+    return saveable(call) or any(_holds(m, saveable) for body in subgraphs(call) for m in body.nodes)
 
 
-def _nothing(call: Node) -> bool:
-    return False
-
-
-_SAVEABLE: dict[object, Callable[[Node], bool]] = {"nothing": _nothing}
+_SAVEABLE: dict[str, Callable[[Node], bool]] = {
+    "nothing": lambda call: False,
+    "dots": lambda call: call.target in PRODUCTS,
+}
 PRODUCTS = {
     op
     for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.mv, aten.dot)
@@ -140,16 +141,40 @@ def _least(needed: list[Node], fixed: set[Node]) -> set[Node]:
     nodes = cone(needed, ())
     source, sink = 2 * len(nodes), 2 * len(nodes) + 1
     network, number = Network(sink + 1), {n: 2 * i for i, n in enumerate(nodes)}
+    once = fixed | joins(nodes)
     for n, i in number.items():
-        network.edge(i, i + 1, capacity(n))
-        if n.op == "placeholder" or n in fixed or not is_cheap(call_of(n)):
+        network.edge(i, i + 1, nbytes(n.meta["val"]) if n in fixed else capacity(n))
+        if n.op == "placeholder" or n in once or not is_cheap(call_of(n)):
             network.edge(source, i, _UNCUT)
         for m in n.all_input_nodes:
             network.edge(number[m] + 1, i, _UNCUT)
     for n in needed:
         network.edge(number[n] + 1, sink, _UNCUT)
-    behind = network.least_cut(source, sink)[1]
+    least, behind = network.least_cut(source, sink)
+    assert least < _UNCUT, "a residual that can be neither kept nor computed again"
     return {n for n, i in number.items() if i + 1 in behind and i not in behind}
+
+
+def joins(nodes: list[Node]) -> set[Node]:
+    """Cheap calls that read another cheap one from before a costly call, and something from after it, as where a block adds
+    its input to its result.
+
+    Computed again they would keep all that leads to them, from one costly call to the next, while the backward passes these.
+    """
+    depth: dict[Node, int] = {}
+    found: set[Node] = set()
+    for n in nodes:
+        light = _is_light(n)
+        top = max((depth[m] for m in n.all_input_nodes), default=0)
+        depth[n] = top + (n.op == "call_function" and n.target is not getitem and not light)
+        behind = [m for m in map(owner, n.all_input_nodes) if 0 < depth[m] < top]
+        if light and not is_view(n) and any(m not in found and _is_light(m) for m in behind):
+            found.add(n)
+    return found
+
+
+def _is_light(n: Node) -> bool:
+    return n.op == "call_function" and is_cheap(call_of(n))
 
 
 def capacity(n: Node) -> int:

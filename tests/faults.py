@@ -29,6 +29,7 @@ from fxfunc.passes import (
     pipeline,
     record,
     regions,
+    remat,
     reroll,
     transpose,
 )
@@ -274,6 +275,11 @@ def unused_draws_are_dropped(patch):
     patch.setattr(record, "is_random", lambda *args: False)
 
 
+@naive(15, "no_draw_comes_twice_in_a_backward", "test_remat")
+def draws_are_computed_again(patch):
+    patch.setattr(remat, "is_random", lambda call: False)
+
+
 @naive(15, "each_example_draws_its_own_numbers", "test_random")
 def all_examples_share_a_draw(patch):
     draw = batch.Batch.call
@@ -357,6 +363,11 @@ def _declared(text: str, name: str) -> str:
 def products_and_sums_are_fused(patch):
     patch.setattr(cxx, "FLAGS", (*cxx.FLAGS, "-ffp-contract=fast"))
     cxx._load.cache_clear()
+
+
+@naive(20, "what_compares_is_kept_under_every_policy", "test_remat")
+def choices_are_made_again(patch):
+    patch.setattr(remat, "is_choice", lambda call: False)
 
 
 @naive(21, "sums_do_not_depend_on_the_number_of_threads", "test_cpp")

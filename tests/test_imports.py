@@ -150,5 +150,6 @@ def test_the_public_names_are_there():
     names = "grad grad_and_value value_and_grad vjp jvp linearize vmap jacrev jacfwd hessian functional_call stack_module_state"
     for name in (
         names + " make_graph jit scan fori_loop cond load Dim spec errors register_rule stop_gradient"
+        " checkpoint saved_residuals"
     ).split():
         assert hasattr(fxfunc, name), name

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fxfunc
+from fxfunc.bench import residuals
 from fxfunc.codegen import serial
 from fxfunc.passes import remat
 from fxfunc.passes.flow import Network
@@ -92,12 +93,16 @@ USES = {
 }
 
 
-@pytest.mark.parametrize(
-    "f,policy",
-    [(f, p) for f in CASES for p in (POLICIES if f is mlp else ("min_cut", "nothing"))],
-    ids=lambda x: getattr(x, "__name__", x),
-)
-@pytest.mark.parametrize("use", USES)
+def combinations():
+    """The first case under every policy, the others under two; their longer uses are in the slow suite."""
+    for f, use in itertools.product(CASES, USES):
+        for policy in POLICIES if f is mlp else ("min_cut", "nothing"):
+            slow = f is not mlp and use not in ("grad", "grad_grad", "vmap_grad")
+            name = f"{use}-{f.__name__}-{getattr(policy, '__name__', policy)}"
+            yield pytest.param(use, f, policy, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("use,f,policy", combinations())
 def test_a_checkpoint_changes_no_number(use, f, policy):
     ours = USES[use](fxfunc.checkpoint(f, policy=policy))(*ARGS)
     torch.testing.assert_close(ours, USES[use](f)(*ARGS), rtol=1e-12, atol=1e-12)
@@ -119,8 +124,8 @@ def test_ordinary_autograd_around_it(policy):
     torch.testing.assert_close(second, twice(mlp)(*ARGS))
 
 
-@policies
-@pytest.mark.parametrize("use", ["grad", "grad_vmap", "grad_scan"])
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
+@pytest.mark.parametrize("use", ["grad", "grad_scan"])
 def test_cpp_computes_the_same(use, policy):
     program = fxfunc.jit(USES[use](fxfunc.checkpoint(mlp, policy=policy))).lower(*ARGS).compile(backend="cpp")
     torch.testing.assert_close(program(*ARGS), USES[use](mlp)(*ARGS), rtol=1e-12, atol=1e-12)
@@ -133,7 +138,7 @@ def test_a_cotangent_that_is_zero_is_not_made(policy):
     torch.testing.assert_close(fxfunc.grad(lambda x: f(x)[0])(torch.zeros(2)), torch.ones(2))
 
 
-@policies
+@pytest.mark.parametrize("policy", ["min_cut", keeps_gelu])
 def test_artifact(policy, tmp_path):
     program = fxfunc.jit(fxfunc.grad(fxfunc.checkpoint(mlp, policy=policy))).lower(*ARGS).compile()
     program.save(tmp_path / "a.fxf")
@@ -153,7 +158,7 @@ def dropped(w, x):
     return F.dropout(F.gelu(x @ w[0]), 0.5).sin().sum() + torch.rand_like(x).mul(x).sum()
 
 
-@policies
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
 @pytest.mark.parametrize("use", ["value", "grad", "grad_grad", "jvp"])
 def test_random_numbers_are_drawn_once(use, policy):
     """The gradient is that of the mask that the value has, and the stream moves on as without a checkpoint."""
@@ -166,7 +171,7 @@ def test_random_numbers_are_drawn_once(use, policy):
 
 
 @policies
-def test_no_draw_comes_twice_in_a_backward(policy):
+def test_semantics_15_no_draw_comes_twice_in_a_backward(policy):
     def draws(f):
         graph = lowered(fxfunc.jit(fxfunc.grad(f)).lower(*ARGS).graph)
         return [n.target for n in graph.nodes if is_random(n)]
@@ -205,13 +210,26 @@ def test_min_cut_keeps_less(f):
 def test_each_policy_keeps_what_it_says():
     assert kept(mlp, "nothing") == []
     assert kept(mlp, "dots") == ["aten.mm.default"] * 3
+    assert "aten.mm.default" in kept(looped, "dots") and kept(looped, "nothing") == []
     assert kept(mlp, lambda call: call.target is aten.tanh.default) == ["aten.tanh.default"] * 3
 
 
-def test_what_compares_is_kept_under_every_policy():
+def test_semantics_20_what_compares_is_kept_under_every_policy():
     """SEMANTICS 20: equality of a value computed again with one that was kept may not hold."""
     assert "aten.eq.Tensor" in kept(lambda w, x: (x @ w[0]).amax(1).sum(), "nothing")
     assert [w for w in kept(largest, "nothing") if "max" in w or "eq" in w]
+
+
+@pytest.mark.parametrize("policy", ["min_cut", "nothing"])
+def test_what_a_derivative_compares_inside_of_a_call_is_kept(policy):
+    """Views too: the distances are compared with differences of what they were computed from."""
+
+    def farthest(w, x):
+        return torch.cdist(x.exp()[:, :3], x.sin()[:, :3], p=float("inf")).sum()
+
+    assert [w for w in kept(farthest, policy) if "cdist" in w or "slice" in w] != []
+    checkpointed = fxfunc.checkpoint(farthest, policy=policy)
+    torch.testing.assert_close(fxfunc.grad(checkpointed, 1)(*ARGS), fxfunc.grad(farthest, 1)(*ARGS))
 
 
 def test_residuals_have_names_lines_and_bytes():
@@ -250,6 +268,18 @@ def test_what_is_computed_again_is_computed_late():
     assert found.peak < 0.7 * found.plain_peak and found.total < 0.3 * found.plain_total
 
 
+def test_a_chain_of_sums_is_not_computed_again_in_one_piece():
+    """It would hold every block's result while the backward is in the last one."""
+
+    def blocks(w, x):
+        for i, m in enumerate(w):
+            x = F.gelu(x @ m) + x if i % 2 else F.silu(x @ m) + x  # so that it is no loop
+        return x.square().sum()
+
+    found = fxfunc.saved_residuals(fxfunc.checkpoint(blocks), list(randn(8, 6, 6)), randn(50, 6))
+    assert found.peak < 0.6 * found.plain_peak and found.total < 0.5 * found.plain_total
+
+
 def test_second_order_keeps_less_too():
     ratio = [
         fxfunc.saved_residuals(lambda w, x, f=f: fxfunc.grad(f)(w, x).sin().sum(), *ARGS).total
@@ -270,9 +300,17 @@ def test_writes_happen_once():
     torch.testing.assert_close(run(fxfunc.checkpoint(f)), run(f))
 
 
-def test_a_policy_that_is_none_is_refused():
+@pytest.mark.parametrize("policy", ["everything", None, 3])
+def test_a_policy_that_is_none_is_refused(policy):
     with pytest.raises(fxfunc.errors.TypeOfArgument, match="min_cut"):
-        fxfunc.checkpoint(mlp, policy="everything")
+        fxfunc.checkpoint(mlp, policy=policy)
+
+
+def test_the_ways_of_the_benchmark_have_one_gradient():
+    example = ([{k: v.double() for k, v in p.items()} for p in residuals.parameters(2, 8)], randn(2, 3, 8))
+    expected = fxfunc.grad(residuals.loss)(*example)
+    for way in residuals.WAYS:
+        torch.testing.assert_close(residuals.gradient(way, example)(), expected)
 
 
 # ----- cuts -----------------------------------------------------------------------------------------------------------

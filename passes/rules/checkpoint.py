@@ -1,5 +1,5 @@
 """Derivatives of `checkpoint`: regions again, the primal one with the residuals that the policy keeps, the linear one with what
-it computes again from them. So reverse mode over reverse mode keeps no more than the policy says either.
+it computes again from them. So second order keeps no more than the policy says either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def emit_checkpoint(b: Builder, body: Graph, operands: list[Value], policy: Poli
     given = dict(zip(body.inputs, operands, strict=True))
     inside = list(dict.fromkeys(n for n in body.outputs if n is not None and n not in given))
     if inside or body.draws:
-        used = [n for n in body.inputs if n in reads(body, [*inside, *body.draws])]
+        read = reads(body, [*inside, *body.draws])
+        used = [n for n in body.inputs if n in read]
         inner = extract(used, inside, body.draws)
         values = b.emit(checkpoint, (inner, tuple(given[n] for n in used)), {"policy": policy})
         given |= zip(inside, values, strict=True)
