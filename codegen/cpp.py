@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxfunc.passes.dims import Dim, Size
+from fxfunc.passes.dims import Dim, Size, numel
 
 from . import cxx
 from .explain import source_line
@@ -26,6 +26,7 @@ TYPES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "floa
 
 LANES = 16  # of a reduction along the tile
 COLUMNS = 64  # of the grid that are reduced side by side
+NARROW, NARROW_BLOCK = 7, 512  # lanes run along another axis than one of so few elements, in such blocks
 BLOCK = (
     4096  # elements of one axis that a thread does at once: the same blocks whatever the number of threads
 )
@@ -41,7 +42,7 @@ _KEYWORDS = (
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
     "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR SUMS at_least at_most "
-    "Lanes part joined HIDDEN total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block BLOCKS"
+    "Lanes part joined HIDDEN choose total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block BLOCKS"
 ).split()
 _LIBM = (
     "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc floor "
@@ -86,7 +87,9 @@ TEMPLATES: dict[str, str | Callable[[torch.dtype], str]] = {
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
     "not": lambda dtype: "!{0}" if dtype is torch.bool else "~{0}",
-    "where": "{0} ? {1} : {2}",
+    "where": lambda dtype: (
+        "choose({0}, {1}, {2})" if dtype in (torch.float32, torch.float64) else "{0} ? {1} : {2}"
+    ),
 }
 _ACCUMULATE = {"sum": "{0} + {1}", "prod": "{0} * {1}", "amax": "maximum({0}, {1})", "amin": "minimum({0}, {1})",
                "any": "{0} | {1}", "all": "{0} & {1}"}  # fmt: skip
@@ -171,11 +174,34 @@ class _Function:
             self._run(all_)
             self._close(2)
             return
+        if last and self._is_narrow(self.k.grid[last], self.k.grid[last - 1]):
+            self._across(last - 1)
+            return
         self._grid(range(last))
         self._emit("#pragma omp simd")
         self._for(f"g{last}", self.k.grid[last])
         self._run(all_)
         self._close(len(self.k.grid))
+
+    def _is_narrow(self, inner: Size, outer: Size) -> bool:
+        """True for an axis with too little for lanes beside one with enough, if what vectors save is more than strides cost."""
+        if not (isinstance(inner, int) and isinstance(outer, int)) or inner > NARROW or outer < COLUMNS:
+            return False
+        return any(isinstance(x, Apply) and x.op in cxx.VECTORS for x in self.k.body)
+
+    def _across(self, axis: int) -> None:
+        """Lanes along the axis before the last, in blocks that stay in cache while the last is gone through."""
+        n = self.k.grid[axis]
+        self._grid(range(axis))
+        if self.parallel and axis == 0:
+            self._emit("#pragma omp parallel for num_threads(threads) schedule(static)")
+        self._open(f"for (int64_t block = 0; block < {n}; block += {NARROW_BLOCK})")
+        self._for(f"g{axis + 1}", self.k.grid[axis + 1])
+        self._emit("#pragma omp simd")
+        stop = f"minimum<int64_t>({n}, block + {NARROW_BLOCK})"
+        self._open(f"for (int64_t g{axis} = block; g{axis} < {stop}; g{axis}++)")
+        self._run(range(len(self.k.body)))
+        self._close(len(self.k.grid) + 1)
 
     def _rows(self) -> None:
         """Lanes along the tile."""
@@ -308,13 +334,15 @@ class _Function:
         return sorted(needed)
 
     def _by_columns(self) -> bool:
-        """True if lanes along the grid move memory in order, and lanes along the tile would not."""
+        """True if lanes along the grid move memory in order and lanes along the tile would not, or have too little to do."""
         moved = [
             x.index for x in self.k.body if isinstance(x, (Load, Store)) and any(s != 0 for s in x.index.tile)
         ]
         whole = [x for x in moved if x.grid[-1] != 0]  # the others are read again at each point of the grid
         grid = sum(x.grid[-1] == 1 for x in whole or moved)
         tile = sum(x.tile[-1] == 1 for x in whole or moved)
+        if self._is_narrow(numel(self.tile), self.k.grid[-1]):
+            return True
         return self.k.grid[-1] != 1 and grid > tile
 
     # -- instructions --

@@ -79,6 +79,17 @@ struct bfloat16 {
   }
 };
 
+// c ? a : b by their bits: g++ makes several choices that depend on each other jumps, and then no vectors.
+template <class T> static inline __attribute__((always_inline)) T choose(bool c, T a, T b) {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type I;
+  I x, y;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  const I mask = -I(c), z = (x & mask) | (y & ~mask);
+  T r;
+  memcpy(&r, &z, sizeof r);
+  return r;
+}
 // ---- as ATen: a NaN wins; // rounds down and % has the sign of the divisor ----
 template <class T> static inline T maximum(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> static inline T minimum(T a, T b) { return (a < b || a != a) ? a : b; }

@@ -149,9 +149,11 @@ def _neg(a):
     if made := made_by(a, aten.neg.default):  # --x -> x
         return made[0]
     if (made := made_by(a, aten.mul.Tensor)) and isinstance(made[1], (int, float)):  # -(x * c) -> x * -c
-        return made[0] * -made[1]
+        return made[0] * (
+            -float(made[1]) if a.dtype.is_floating_point else -made[1]
+        )  # of an integer 0 it is -0.0
     if (n := number(a)) is not None and a.dtype.is_floating_point:
-        return _filled(a, a.shape, -n)
+        return _filled(a, a.shape, -float(n))
     return None
 
 

@@ -170,6 +170,32 @@ def test_column_sums_have_lanes_along_the_columns():
     assert_close(call(x, y), f(x, y), 1e-12)
 
 
+@pytest.mark.parametrize("rows", [64, 1000])
+@pytest.mark.parametrize("columns", [1, 2, 3, 7])
+def test_lanes_run_along_a_longer_axis_than_one_of_few_elements(rows, columns):
+    x, y = torch.randn(rows, columns, dtype=F64), torch.randn(columns, dtype=F64)
+    f = lambda x, y: [(x + y).tanh() * y, x.softmax(-1) * 2, (x.exp() * y).sum(-1)]
+    call = on_cpp(f, x, y)
+    (source,) = (p.source for p in call._program.programs)
+    assert columns == 1 or "for (int64_t g0 = block;" in source  # the pointwise one
+    assert "const int64_t t0 =" not in source or columns == 1  # the sums
+    assert_close(call(x, y), f(x, y), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_choices_keep_the_bits_of_what_they_choose(dtype):
+    x = torch.tensor(SPECIAL, dtype=dtype)
+    f = lambda x: [
+        torch.where(x > 0.3, x, -x),
+        torch.where(x.isnan(), -torch.zeros_like(x), x),
+        (x - 1).relu().relu(),
+        -(x * 0),
+    ]
+    for a, b in zip(on_cpp(f, x)(x), f(x), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 def test_a_large_matrix_that_all_tasks_read_for_few_rows_is_read_once(rows):
     w, x = torch.randn(300, 300, dtype=F32), torch.randn(30, rows, 300, dtype=F32)
