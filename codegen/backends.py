@@ -56,10 +56,12 @@ class Program:
             [*lines, *([f"outside: {len(rows)} calls"] if self.programs and rows else []), *table(rows)]
         )
 
-    @functools.cached_property
+    @property
     def graph(self) -> Graph:
         """What the eager backend runs anywhere. A C++ program needs it only if it is stored or looked at."""
-        return for_aten(lowered(self.source)) if self.aten is None else self.aten
+        if self.aten is None:
+            self.aten = for_aten(lowered(self.source))
+        return self.aten
 
     @property
     def in_vals(self) -> tuple[Val, ...]:

@@ -14,15 +14,9 @@ from fxfunc.passes.graph import Graph
 
 from .capture import compiled
 
-_turn = threading.Lock()  # one thread compiles, so that the others' work goes on
-
-
-def _after_fork() -> None:
-    global _turn
-    _turn = threading.Lock()  # the thread that held it is not in the child
-
-
-os.register_at_fork(after_in_child=_after_fork)
+# One thread compiles, so that the others' work goes on; and a fork waits for it, lest the child have locks that nobody releases.
+_turn = threading.Lock()
+os.register_at_fork(before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release)
 
 
 class Background:
@@ -65,7 +59,7 @@ class Pending:
     def wait(self) -> None:
         """Return when it is compiled, raise if that failed."""
         self._thread.join()
-        if not self._done:  # in a forked child, which has not the thread
+        if not self._done:  # in a forked child, which has no thread waiting for its turn
             self._compile()
         if self._error is not None:
             raise self._error

@@ -75,9 +75,17 @@ class _Entry:
 
     def __init__(self, captured: Captured, guards: Guards, compile_: Callable):
         self.captured, self.guards, self.compile = captured, guards, compile_
-        self.call, self.called = compile_(captured.graph), False
+        self._call: Callable | None = None
+        self.called = False
         places = {id(t): first for _, _, t, _, first in guards.tensors}
         self.places = [places.get(id(t)) for t in captured.captures]
+
+    @property
+    def call(self) -> Callable:
+        """The function without derivatives: a training loop never asks for it."""
+        if self._call is None:
+            self._call = self.compile(self.captured.graph)
+        return self._call
 
     def closures(self) -> list[torch.Tensor] | None:
         """The tensors now closed over, or None if the capture no longer holds."""
@@ -289,8 +297,8 @@ def _template(leaves) -> tuple:
 
 
 def _compile_with(entry: _Entry):
-    graph, call = entry.captured.graph, entry.call
-    return lambda g: call if g is graph else entry.compile(g)
+    graph = entry.captured.graph
+    return lambda g: entry.call if g is graph else entry.compile(g)
 
 
 def _leaf_key(x):

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 
 _PASSES = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(_PASSES)
@@ -16,7 +17,7 @@ _FOLDERS = (
     ("fxfunc", "passes", "codegen") if os.path.exists(os.path.join(_ROOT, "fxfunc", "__init__.py")) else ("",)
 )
 _OURS = tuple(os.path.join(_ROOT, folder, "") for folder in _FOLDERS)
-_STDLIB = tuple(m.__file__ for m in (contextlib, functools))
+_STDLIB = tuple(m.__file__ for m in (contextlib, functools, threading))
 _TORCH = os.sep + os.path.join("site-packages", "torch") + os.sep
 
 
