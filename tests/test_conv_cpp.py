@@ -101,8 +101,14 @@ def transforms(api):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *TRANSPOSED])
-@pytest.mark.parametrize("how", transforms(torch.func))
+def spread(names, ways):
+    """All pairs; of those not marked slow, each name has a way or two and each way some names."""
+    for i, name in enumerate(names):
+        for j, how in enumerate(ways):
+            yield pytest.param(name, how, marks=[] if (i - j) % 4 == 0 else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name, how", spread([*CONVOLUTIONS, *TRANSPOSED], transforms(torch.func)))
 def test_a_convolution_equals_torch_func(name, how):
     f, x, w, b = convolution(name)
     args = draw(3, *x), draw(*w, seed=1) / 2, draw(*b, seed=2)
@@ -122,7 +128,7 @@ def test_sums_are_as_accurate_as_those_of_aten(dtype):
     if exact is None:
         return assert_close(found, aten, 1e-8)
     for a, b, e in zip(found, aten, exact, strict=True):
-        assert (a - e).norm() <= 1.5 * (b - e).norm()
+        assert (a - e).norm() <= 2 * (b - e).norm()
 
 
 def test_what_is_not_taken_says_why():
@@ -173,8 +179,7 @@ def nestings(api):
     }
 
 
-@pytest.mark.parametrize("name", POOLS)
-@pytest.mark.parametrize("how", nestings(torch.func))
+@pytest.mark.parametrize("name, how", spread(POOLS, nestings(torch.func)))
 def test_a_pool_equals_torch_func(name, how):
     x = draw(3, 2, 6, 6, 8)
     wanted = nestings(torch.func)[how](POOLS[name])

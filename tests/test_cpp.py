@@ -98,7 +98,9 @@ def test_a_kernel_equals_eager(case, kernels):
 GROUPS = PATTERNS + [random_case(s) for s in range(30)] + [random_case(s, F32) for s in range(10)]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["serial", "parallel"])
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["serial", "parallel"]
+)
 def groups(request):
     fused = {c.name: fuse(graph_of(c)) for c in GROUPS}
     every = list(dict.fromkeys(k for g in fused.values() for k in kernels_of(g)))

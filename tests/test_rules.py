@@ -19,7 +19,8 @@ BY_NAME = {c.name: c for c in CASES}
 assert len(BY_NAME) == len(CASES), "two cases of one name"
 
 
-LONG = ("vjp_vjp", "vmap_jvp")  # what jvp_vjp and vmap_vjp find in the default suite, the other way round
+# What jvp_vjp, vmap_vjp, no_grad and the adjoint find in the default suite, alone or the other way round.
+LONG = ("jvp", "vjp", "vjp_vjp", "vmap_jvp")
 
 
 @pytest.mark.parametrize(
