@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 import fxfunc
 from fxfunc.bench import registry
-from fxfunc.codegen import cost, cxx
+from fxfunc.codegen import cost, cxx, expand
 
 pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
 pytree = torch.utils._pytree
@@ -140,6 +141,21 @@ def test_what_is_not_taken_says_why():
     call = fxfunc.jit(lambda x, w: F.conv2d(x.sin(), w)).lower(x, w).compile(backend="cpp")
     assert "a large convolution" in call.explain()
     assert_close(call(x, w), F.conv2d(x.sin(), w), 1e-4)
+
+
+def test_a_loop_that_is_not_taken_keeps_its_convolutions(monkeypatch):
+    monkeypatch.setattr(cost, "limits", lambda: dataclasses.replace(cost.MODEL, large_task_windows=0))
+    monkeypatch.setattr(expand, "LARGE_CONVOLUTION", 0)
+    x, w = draw(2, 3, 6, 6), draw(3, 3, 3, 3, seed=1) / 5
+
+    def f(x, w):
+        for _ in range(4):
+            x = F.conv2d(x, w, padding=1).tanh()
+        return x
+
+    call = fxfunc.jit(f).lower(x, w).compile(backend="cpp")
+    assert "fxfunc.scan" in call.explain() and "a large convolution" in call.explain()
+    assert_close(call(x, w), f(x, w), 1e-12)
 
 
 # ---- pools ----

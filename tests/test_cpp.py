@@ -128,6 +128,8 @@ SIZES = [
     (17, 23, 3),
     (5, 8, 1),
     (13, 66, 33),
+    (33, 50, 600),  # several blocks of terms, columns that overlap, rows that are worth a copy of the columns
+    (40, 130, 300),
 ]
 
 
@@ -142,7 +144,8 @@ def test_products_of_every_layout_equal_eager(size, dtype):
         outs = [x @ y for x in (a, at.t()) for y in (b, bt.t())]
         return [o * 2 for o in outs] + [torch.stack([a, at.t()]) @ torch.stack([b, bt.t()])]
 
-    assert_close(on_cpp(f, a, b, at, bt)(a, b, at, bt), f(a, b, at, bt), 1e-12 if dtype == F64 else 2e-5)
+    tol = (1e-12 if dtype == F64 else 2e-5) * max(1, k / 100)
+    assert_close(on_cpp(f, a, b, at, bt)(a, b, at, bt), f(a, b, at, bt), tol)
 
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 40), (3, 5), (17, 9), (1, 7), (33, 16)], ids=str)
