@@ -102,7 +102,7 @@ def combinations():
             yield pytest.param(use, f, policy, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("use,f,policy", combinations())
+@pytest.mark.parametrize("use,f,policy", list(combinations()))
 def test_a_checkpoint_changes_no_number(use, f, policy):
     ours = USES[use](fxfunc.checkpoint(f, policy=policy))(*ARGS)
     torch.testing.assert_close(ours, USES[use](f)(*ARGS), rtol=1e-12, atol=1e-12)
