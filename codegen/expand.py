@@ -14,7 +14,7 @@ from fxfunc.passes.record import Builder, Value, vals
 
 from . import conv, norms, pool
 from .index import VIEWS
-from .lower import is_free, is_fusable, opmath
+from .lower import CONSTANTS, is_free, is_fusable, opmath
 from .moves import MOVES
 from .rows import POINTWISE, PRODUCTS, REDUCING
 
@@ -105,7 +105,7 @@ def _parts(op: Op, args: tuple, kwargs: dict) -> Graph | None:
     if (
         isinstance(op, Op)
         or op in MOVES
-        or any(op in known for known in (VIEWS, POINTWISE, REDUCING, PRODUCTS))
+        or any(op in known for known in (VIEWS, POINTWISE, REDUCING, PRODUCTS, CONSTANTS))
     ):
         return None
     graph = taken_apart(op, args, kwargs)

@@ -288,6 +288,15 @@ def cone(outputs, bound) -> list[Node]:
     return sorted(seen)
 
 
+def add_call(fx: torch.fx.Graph, op, args: tuple, kwargs: dict, name: str) -> Node:
+    """A new call, past create_node's walk over the arguments for SymInts, of which our graphs have none."""
+    node = fx.create_node("call_function", op, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
 def extract(inputs: list[Node], outputs: list[Node | None], keep=()) -> Graph:
     """The part of a graph that computes `outputs` from `inputs` (and from nothing) as a graph; the calls `keep` stay in it."""
     fx = torch.fx.Graph()
@@ -297,7 +306,7 @@ def extract(inputs: list[Node], outputs: list[Node | None], keep=()) -> Graph:
         env[n].meta = {"val": n.meta["val"]}
     for n in cone([*outputs, *keep], env.keys()):
         kwargs = {k: substitute(v, env.__getitem__) for k, v in n.kwargs.items()}
-        env[n] = fx.create_node(n.op, n.target, substitute(n.args, env.__getitem__), kwargs, n.name)
+        env[n] = add_call(fx, n.target, substitute(n.args, env.__getitem__), kwargs, n.name)
         env[n].meta = n.meta
     fx.output(tuple(None if n is None else env[n] for n in outputs))
     return Graph(fx)

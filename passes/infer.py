@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import errors
+from . import errors, known
 from .dims import Dim, at, numel
 from .graph import (
     Graph,
@@ -399,6 +399,8 @@ def _sum(a, dims, keepdim=False, *, dtype=None):
 
 
 def _nll_loss(a, target, weight, reduction, ignore_index):
+    if a.ndim == 1 and target.ndim == 0 and weight is None:
+        return (Val((), a.dtype, a.device),) * 2
     if a.ndim != 2 or target.ndim != 1 or a.shape[0] != target.shape[0] or weight is not None:
         return None
     scalar = Val((), a.dtype, a.device)
@@ -438,7 +440,16 @@ def _batch_norm(x, w, b, *rest):
     return (x, *_statistics(x, w, (x.shape[1],)))
 
 
+def _arithmetic(a, b, *, alpha=1):
+    if isinstance(a, Val) and a.dtype in known.INTEGERS:
+        alike = (b.dtype, b.device) == (a.dtype, a.device) if isinstance(b, Val) else type(b) is int
+        shape = broadcast([x.shape for x in (a, b) if isinstance(x, Val)])
+        return Val(shape, a.dtype, a.device) if alike and type(alpha) is int and shape is not None else None
+    return _elementwise(a, b, alpha=alpha)
+
+
 KNOWN = {
+    **known.ROWS,
     aten._native_batch_norm_legit.no_stats: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: lambda x, w, b, *rest: (x, *_statistics(x, w, (0,))),
     aten._native_batch_norm_legit_functional.default: lambda x, w, b, mean, var, *rest: (
@@ -452,10 +463,8 @@ KNOWN = {
     ),
     **dict.fromkeys(
         [
-            aten.add.Tensor,
-            aten.sub.Tensor,
-            aten.mul.Tensor,
             aten.div.Tensor,
+            aten.reciprocal.default,
             aten.neg.default,
             aten.exp.default,
             aten.log.default,
@@ -470,6 +479,10 @@ KNOWN = {
             aten.minimum.default,
         ],
         _elementwise,
+    ),
+    **dict.fromkeys(
+        [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.floor_divide.default, aten.remainder.Scalar],
+        _arithmetic,
     ),
     **{
         getattr(getattr(aten, name), overload): _compare
@@ -494,6 +507,7 @@ KNOWN = {
     aten.reshape.default: _reshape,
     aten.permute.default: _permute,
     aten.relu.default: lambda a: a,
+    aten.clamp.default: lambda a, *limits: _elementwise(a, *limits) if {*limits} - {None} else None,
     aten.mse_loss.default: lambda a, b, reduction=1: (
         None if a != b else Val((), a.dtype, a.device) if reduction else a
     ),

@@ -19,6 +19,7 @@ from .graph import (
     Literal,
     Op,
     Val,
+    add_call,
     constant,
     getitem,
     is_random,
@@ -264,7 +265,7 @@ class Builder:
             if op is getitem
             else op._schema.name.split("::")[1].strip("_")
         )
-        node = self.fx.create_node("call_function", op, args, kwargs, name)
+        node = add_call(self.fx, op, args, kwargs, name)
         node.meta.update(val=val, source=self.source, origin=self.origin)
         return node
 
