@@ -155,13 +155,17 @@ def _short(value: Any) -> str:
 
 def write(path: Path | str, content: dict[str, Any]) -> None:
     """Writes any of our JSON files whole or not at all, seconds to the nanosecond; raises BenchError for NaN and infinity."""
-    path = Path(path)
     _refuse_not_finite(content, str(path))
+    write_text(Path(path), _text(content) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(_text(content) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)

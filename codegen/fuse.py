@@ -107,6 +107,9 @@ def _two_phase(b: Builder, node: Node, x: Value) -> Value:
         total = b.emit(aten.div.Tensor, (total, numel(shape[d] for d in dims)))
     if node.meta["val"].ndim != total.ndim:
         total = b.emit(aten.reshape.default, (total, list(node.meta["val"].shape)))
+        return b.emit(
+            aten._to_copy.default, (total,), {"dtype": node.meta["val"].dtype}
+        )  # a result is no view
     return total.to(node.meta["val"].dtype)
 
 

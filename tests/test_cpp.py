@@ -175,6 +175,15 @@ def test_column_sums_have_lanes_along_the_columns():
     assert_close(call(x, y), f(x, y), 1e-12)
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean", "amax"])
+def test_a_large_reduction_that_keeps_its_axis_is_written(reduce):
+    x = torch.randn(8, 20000, dtype=F64)
+    f = lambda x: (getattr(x.sin(), reduce)(1, keepdim=True), x * 2)
+    call = on_cpp(f, x)
+    for _ in range(3):
+        assert_close(call(x), f(x), 1e-11)
+
+
 @pytest.mark.parametrize("rows", [64, 1000])
 @pytest.mark.parametrize("columns", [1, 2, 3, 7])
 def test_lanes_run_along_a_longer_axis_than_one_of_few_elements(rows, columns):
