@@ -34,7 +34,7 @@ class Limits:
     small_map: int = 2**20
     # Multiplications from which a product is ATen's, whose blocking pays there; in a task the whole map would be batched for it.
     large_product: int = 2**20
-    large_task_product: int = 2**22
+    large_task_product: int = 2**24
     # The same of a convolution in a task, which ATen does no better for many tasks at once.
     large_task_windows: int = 2**30
     # A matrix of so many bytes that all tasks read, each for so few rows, is read once by a batched product.
