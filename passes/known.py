@@ -86,6 +86,10 @@ def var_mean(x: Val, dim=None, *, correction=None, keepdim: bool = False) -> tup
     return found and (found, found)
 
 
+def extreme(x: Val, dim: Sequence[int] = (), keepdim: bool = False) -> Val | None:
+    return reduced(x, dim, keepdim)
+
+
 def vector_norm(x: Val, order=2, dim=None, keepdim: bool = False, *, dtype=None) -> Val | None:
     return None if dtype is not None or isinstance(dim, int) else reduced(x, dim, keepdim)
 
@@ -114,6 +118,8 @@ ROWS = {
     aten.convolution_backward.default: convolution_backward,
     aten.trace.default: trace,
     aten.var_mean.correction: var_mean,
+    aten.amax.default: extreme,
+    aten.amin.default: extreme,
     aten.linalg_vector_norm.default: vector_norm,
     aten.max_pool2d_with_indices.default: max_pool,
 }
