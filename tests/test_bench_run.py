@@ -163,12 +163,14 @@ def cell(results, workload, name="eager"):
     return results["workloads"][workload]["cells"][name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload, status", STATUSES.items())
 def test_what_a_worker_does_is_the_status_of_its_cell(results, workload, status):
     assert cell(results, workload)["status"] == status
     assert REASONS.get(workload, "") in cell(results, workload)["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", STATUSES)
 def test_the_rest_of_the_row_is_measured_all_the_same(results, workload):
     if workload != "test-structure":
@@ -176,30 +178,35 @@ def test_the_rest_of_the_row_is_measured_all_the_same(results, workload):
         assert cell(results, workload, "torch.func")["steady_s"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", [w for w, status in STATUSES.items() if status != "ok"])
 def test_a_cell_that_is_not_ok_has_no_times(results, workload):
     bad = cell(results, workload)
     assert not bad["steady_s"] and not bad["cold"] and not bad["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_what_does_not_exist_is_absent_with_a_reason(results):
     assert cell(results, "test-fine", "triton")["status"] == "absent"
     assert "triton" in cell(results, "test-fine", "triton")["reason"]
     assert cell(results, "test-raise", "jax")["status"] == "absent"
 
 
+@pytest.mark.slow
 def test_results_can_be_written_and_read_back(results, tmp_path):
     records.write(tmp_path / "r.json", results)
     read = records.read(tmp_path / "r.json")
     assert read["workloads"].keys() == results["workloads"].keys() and read["complete"]
 
 
+@pytest.mark.slow
 def test_jax_gives_the_same_answer_in_its_own_process(results):
     pytest.importorskip("jax")
     assert cell(results, "test-fine", "jax")["status"] == "ok"
     assert results["imports_s"]["jax"] > 0
 
 
+@pytest.mark.slow
 def test_every_launch_and_every_first_call_is_kept(results):
     ok = cell(results, "test-fine")
     assert len(ok["steady_s"]) == 1 and len(ok["steady_s"][0]) >= 2
@@ -209,17 +216,20 @@ def test_every_launch_and_every_first_call_is_kept(results):
     assert ok["cold"][0]["from_start_s"] > ok["cold"][0]["first_s"] + results["imports_s"]["torch"] / 2
 
 
+@pytest.mark.slow
 def test_a_sample_is_one_call(results):
     samples = [s for turn in cell(results, "test-sleep", "torch.func")["steady_s"][0] for s in turn]
     assert min(samples) >= 0.002
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_calls(results):
     (peak,) = cell(results, "test-memory", "torch.func")["peak_bytes"]
     assert 60 * MIB <= peak < 90 * MIB
     assert cell(results, "test-fine", "torch.func")["peak_bytes"][0] < 32 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "workload, reason", [("uncounted", "ZeroDivisionError"), ("lost-in-count", "within 3 s")]
 )
@@ -229,10 +239,12 @@ def test_a_counter_that_fails_leaves_the_times(results, workload, reason):
     assert reason in uncounted["why"]["counters"] and not uncounted["counters"]
 
 
+@pytest.mark.slow
 def test_a_loaded_artifact_without_a_backward_says_so(results):
     assert "artifact" in cell(results, "test-backward")["why"]["load"]
 
 
+@pytest.mark.slow
 def test_harness_overhead_is_that_of_a_call_that_does_nothing(results):
     assert 0 < results["overhead_s"] < 1e-5
 
@@ -275,7 +287,7 @@ def test_a_bad_command_line_is_status_2(arguments):
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interruption_keeps_what_was_measured(user_file, tmp_path, stop):
     out = tmp_path / "r.json"
     names = ["--workload", "test-fine", "--workload", "test-hang"]

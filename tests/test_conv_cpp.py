@@ -109,7 +109,7 @@ def spread(names, ways):
             yield pytest.param(name, how, marks=[] if (i - j) % 4 == 0 else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("name, how", spread([*CONVOLUTIONS, *TRANSPOSED], transforms(torch.func)))
+@pytest.mark.parametrize("name, how", list(spread([*CONVOLUTIONS, *TRANSPOSED], transforms(torch.func))))
 def test_a_convolution_equals_torch_func(name, how):
     f, x, w, b = convolution(name)
     args = draw(3, *x), draw(*w, seed=1) / 2, draw(*b, seed=2)
@@ -195,7 +195,7 @@ def nestings(api):
     }
 
 
-@pytest.mark.parametrize("name, how", spread(POOLS, nestings(torch.func)))
+@pytest.mark.parametrize("name, how", list(spread(POOLS, nestings(torch.func))))
 def test_a_pool_equals_torch_func(name, how):
     x = draw(3, 2, 6, 6, 8)
     wanted = nestings(torch.func)[how](POOLS[name])

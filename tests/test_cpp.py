@@ -392,7 +392,7 @@ def _total(f):
     return lambda *args: sum((y * y).sum() for y in pytree.tree_leaves(f(*args)))
 
 
-@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize("steps", [5, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", nestings(torch.func))
 @pytest.mark.parametrize("f", [_recurrent, _two_carries, _adam], ids=lambda f: f.__name__)
 def test_a_loop_of_steps_equals_torch_func(f, name, steps, loops):

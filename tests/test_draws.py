@@ -45,7 +45,10 @@ def both(f):
     return *results, made[0].explain()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform",
+    [*list(TRANSFORMS)[:2], *(pytest.param(t, marks=pytest.mark.slow) for t in list(TRANSFORMS)[2:])],
+)
 @pytest.mark.parametrize("name", DRAWN)
 def test_examples_read_numbers_that_were_drawn_before_them(name, transform):
     found, wanted, said = both(TRANSFORMS[transform](DRAWN[name]))

@@ -54,6 +54,7 @@ def test_every_item_has_a_naive_way():
     assert {f.item for f in FAULTS} == set(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_naive_way_that_is_not_noticed_or_does_not_apply_is_reported():
     program = """
 import faults, mutants

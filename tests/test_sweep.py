@@ -146,6 +146,7 @@ def test_without_derived_rules_only_those_may_be_missed(script, reason, missed):
     assert bool(script.rules_missed(now)) is missed
 
 
+@pytest.mark.slow
 def test_the_command():
     command = [
         sys.executable,

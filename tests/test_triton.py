@@ -108,6 +108,7 @@ def test_blocks_follow_from_shapes_alone(monkeypatch):
     assert triton.schedule(k) == before
 
 
+@pytest.mark.slow
 def test_interpreted_source_equals_eager():
     """One process for all cases: the interpreter and the compiler exclude each other."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
