@@ -16,3 +16,11 @@ os.environ.setdefault("FXFUNC_BACKEND", "eager")  # for the processes that tests
 def programs_of_two_calls():
     with cost.forced(calls="pairs"):
         yield
+
+
+@pytest.fixture(scope="module")
+def cache_of_this_file(tmp_path_factory):
+    """Compiled objects of a test file, apart from those of others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXFUNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

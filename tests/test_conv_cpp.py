@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -13,18 +12,12 @@ import fxfunc
 from fxfunc.bench import registry
 from fxfunc.codegen import cost, cxx, expand
 
-pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("cache_of_this_file"),
+]
 pytree = torch.utils._pytree
 F32, F64 = torch.float32, torch.float64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this file."""
-    before, os.environ["FXFUNC_CACHE"] = os.environ.get("FXFUNC_CACHE"), str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("FXFUNC_CACHE")
-    os.environ |= {} if before is None else {"FXFUNC_CACHE": before}
 
 
 @pytest.fixture(autouse=True)

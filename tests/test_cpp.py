@@ -35,17 +35,11 @@ from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import ELEMENTWISE
 from fxfunc.passes.errors import BackendError
 
-pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("cache_of_this_file"),
+]
 pytree = torch.utils._pytree
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this file."""
-    before, os.environ["FXFUNC_CACHE"] = os.environ.get("FXFUNC_CACHE"), str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("FXFUNC_CACHE")
-    os.environ |= {} if before is None else {"FXFUNC_CACHE": before}
 
 
 @pytest.fixture

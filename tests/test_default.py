@@ -17,16 +17,11 @@ import fxfunc
 from fxfunc import errors
 from fxfunc.codegen import backends, cost, cxx
 
-pytestmark = pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cxx.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("cache_of_this_file"),
+]
 X = torch.linspace(-1, 2, 7, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FXFUNC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +231,7 @@ def test_a_jit_of_nested_transforms(built):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Compiling waits until it is set."""
+    """Compiling waits until it is set; after `built`, which so counts what has passed."""
     opened, load = threading.Event(), cxx.load
 
     def gated(source):
@@ -248,7 +243,7 @@ def gate(monkeypatch):
     opened.set()
 
 
-def test_the_eager_backend_answers_until_the_program_is_there(gate, built):
+def test_the_eager_backend_answers_until_the_program_is_there(built, gate):
     f = fxfunc.jit(chain(13.5), background=True)
     assert torch.equal(f(X), chain(13.5)(X))
     assert not built
@@ -260,7 +255,7 @@ def test_the_eager_backend_answers_until_the_program_is_there(gate, built):
     torch.testing.assert_close(f(X), chain(13.5)(X), rtol=1e-12, atol=0)
 
 
-def test_derivatives_are_compiled_in_the_background_too(gate, built):
+def test_derivatives_are_compiled_in_the_background_too(built, gate):
     f, x = fxfunc.jit(chain(14.5), background=True), X.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(chain(14.5)(x).sum(), x)
     for _ in range(2):
