@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 
 import fxfunc
-from fxfunc.codegen import cost, eager, partition, tasks
+from fxfunc.codegen import cost, eager, native, partition
 
 from . import records
 from .cli import SMALLER
@@ -102,10 +102,10 @@ def measure_case(name: str, function: Call, inputs: tuple, seconds: float) -> di
     return _timed(calls, tensors, seconds)
 
 
-def _compile(programs: list[tasks.Native]) -> None:
+def _compile(programs: list[native.Native]) -> None:
     """Each compiler is a process of its own."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda p: p.compile(), programs))
+        list(pool.map(lambda p: p.compile("cpu"), programs))
 
 
 def _check(name: str, answers: dict[str, list[torch.Tensor | None]]) -> None:

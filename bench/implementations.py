@@ -155,14 +155,14 @@ def no_backend(backend: str, device: str) -> str | None:
     return "triton kernels need a CUDA device" if backend == "triton" and device == "cpu" else None
 
 
-def ours(backend: str, cache: str | None, artifact: str | None = None) -> Implementation:
+def ours(backend: str, cache: str | None) -> Implementation:
     return Implementation(
         backend,
         fxfunc_backend(backend),
         lambda device: no_backend(backend, device),
         least_imports=("torch", "fxfunc"),
         cache=cache,
-        artifact=artifact,
+        artifact=None,
     )
 
 
@@ -187,7 +187,7 @@ IMPLEMENTATIONS = {
         Implementation("jax", jax_jit, no_jax, imports=JAX, least_imports=JAX),
         Implementation("uncompiled", call_eagerly, here, least_imports=("torch", "fxfunc"), cache=_NO_CACHE),
         ours("eager", _NO_CACHE),
-        ours("cpp", None, "its artifacts are compiled again where they are loaded"),
+        ours("cpp", None),
         ours("triton", None),
     )
 }

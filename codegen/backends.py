@@ -25,14 +25,14 @@ from .explain import Row, rows_of, table
 
 if TYPE_CHECKING:
     from .launch import Binary
+    from .native import Native
     from .partition import Built
-    from .tasks import Native
 
 
 @dataclasses.dataclass
 class Program:
     """A compiled graph: `call` takes flat tensors and gives flat results. `native` is what the eager backend runs anywhere,
-    with `kernels` in it, if there are any."""
+    with `kernels` or `programs` in it, if there are any."""
 
     aten: Graph | None  # None: made when asked for
     backend: str
@@ -79,7 +79,7 @@ def choose(graph: Graph, backend: str | None = None, target: str | None = None) 
     target = target or _row(backend).target(device)
     check_target(backend, target)
     if device != target.partition(":")[0]:
-        graph = saw("place", place(graph, torch.device("cpu" if target == "cpu" else "cuda:0")))
+        graph = saw("place", place(graph, torch.device("cpu" if is_cpu(target) else "cuda:0")))
     return graph, backend, target
 
 
@@ -132,6 +132,11 @@ def check_target(backend: str, target: str) -> None:
         raise errors.BackendError(backend=backend, what=f"no such target: {target!r}", instead=row.instead)
 
 
+def is_cpu(target: str) -> bool:
+    """Whether a target is a CPU, this one or a level of them."""
+    return target.partition(":")[0] == "cpu"
+
+
 def default_target() -> str:
     """The target of this machine's GPU."""
     if not torch.cuda.is_available():
@@ -182,8 +187,18 @@ def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str
     return Program(graph, "triton", target, call, native, kernels)
 
 
+def with_programs(
+    native: Graph, programs: list[Native], source: Graph, target: str, aten: Graph | None = None
+) -> Program:
+    """A program of compiled C++ programs, which were made of `source`."""
+    program = Program(aten, "cpp", target, None, native, source=source, programs=programs)
+    if _is_here(target):
+        program.call = _unless_observed(eager.emit(native), lambda: eager.emit(program.graph))
+    return program
+
+
 def _is_here(target: str) -> bool:
-    return target == "cpu" or torch.cuda.is_available()
+    return not cxx.missing(cxx.LEVELS.get(target, ())) if is_cpu(target) else torch.cuda.is_available()
 
 
 def _eager(low: Graph, graph: Graph, target: str) -> Program:
@@ -209,21 +224,13 @@ def _parted(graph: Graph) -> Built:
 
 def _cpp(built: Built, graph: Graph, target: str) -> Program:
     """A graph of which nothing is C++ runs as the eager backend has it, its own spelling of calls being for C++."""
-    program = Program(
-        None,
-        "cpp",
-        target,
-        None,
-        source=graph,
-        programs=built.programs,
-        notes=built.notes,
-        outside=built.outside,
-    )
-    built.compile()
+    built.compile(target)
     if built.programs:
-        program.call = _unless_observed(eager.emit(built.graph), lambda: eager.emit(program.graph))
+        program = with_programs(built.graph, built.programs, graph, target)
     else:
+        program = Program(None, "cpp", target, None, source=graph)
         program.call = eager.emit(program.graph)
+    program.notes, program.outside = built.notes, built.outside
     return program
 
 
@@ -263,6 +270,12 @@ _TABLE = {
         lowered,
         _triton,
     ),
-    "cpp": Backend("cpu", 'Use "cpu".', lambda device: "cpu", _parted, _cpp),
+    "cpp": Backend(
+        "|".join(("cpu", *cxx.LEVELS)),
+        f'Use "cpu", which is this machine\'s, or one of {", ".join(cxx.LEVELS)}.',
+        lambda device: "cpu",
+        _parted,
+        _cpp,
+    ),
 }
 BACKENDS = tuple(_TABLE)

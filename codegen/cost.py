@@ -1,4 +1,5 @@
-"""What is worth being C++, and in which form. Entry points: `why_batched`, `why_aten`, `block`, `is_shared`; `forced` overrides.
+"""What is worth being C++, and in which form. Entry points: `why_batched`, `why_aten`, `block`, `has_epilogue`, `is_shared`.
+`forced` overrides.
 
 The model reads shapes alone, so a choice never depends on the machine's load. `python -m fxfunc.bench.choices` measures each
 choice against what it would be otherwise, and keeps the table that these limits answer to.
@@ -12,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.fx import Node
 
 from fxfunc.passes.dims import numel
@@ -23,7 +25,9 @@ from .lower import base, is_free
 from .rows import PRODUCTS
 from .triton import tile_of
 
+aten = torch.ops.aten
 ANY, NEVER = 0, sys.maxsize
+GROUPS = 32  # rows of a product from which there are several groups of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Limits:
     block_elements: int = 512
     # ... and tasks that blocks leave, to share among threads.
     least_tasks: int = 16
+    # Bytes from which what reads a product element by element follows each group of its rows, which are still in cache then.
+    cached_bytes: int = 2**15
     # Elements from which threads share a kernel: fewer are done before the threads have started.
     shared_elements: int = 2**16
     # A program without loops costs as much as two to three ATen calls on small values, and half a second to compile.
@@ -66,6 +72,7 @@ CHOICES: dict[str, dict[str, dict[str, int]]] = {
         "pairs": {"least_calls": 2},
         "aten": {"least_calls": NEVER, "small_value": NEVER},
     },
+    "epilogues": {"all": {"cached_bytes": ANY}, "none": {"cached_bytes": NEVER}},
     "threads": {"one": {"shared_elements": NEVER}, "all": {"shared_elements": 2**12}},
 }
 
@@ -168,6 +175,12 @@ def _large(n: Node, inside: bool) -> int:
     if not inside:
         return limits().large_product
     return limits().large_task_windows if any(map(reads_windows, n.args)) else limits().large_task_product
+
+
+def has_epilogue(n: Node) -> bool:
+    """True for a product whose rows would have left the cache before a kernel reads them all."""
+    val = n.meta["val"]
+    return n.target is aten.mm.default and val.shape[0] >= GROUPS and bytes_of(val) >= limits().cached_bytes
 
 
 def is_little(calls: Sequence[Node]) -> bool:

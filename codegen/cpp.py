@@ -42,7 +42,8 @@ _KEYWORDS = (
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
     "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR SUMS at_least at_most "
-    "Lanes part joined HIDDEN choose total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block BLOCKS"
+    "Lanes part joined HIDDEN choose total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block "
+    "BLOCKS begin end Nothing"
 ).split()
 _LIBM = (
     "exp exp2 expm1 log log2 log10 log1p sqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc floor "
@@ -103,16 +104,17 @@ def name_of(k: Kernel, name: str | None = None) -> str:
     return "k_" + re.sub(r"\W", "_", name or k.name, flags=re.ASCII)
 
 
-def function(k: Kernel, name: str, parallel: bool = False) -> str:
-    """The kernel as a function of its arguments, its sizes, and, if `parallel`, the number of threads."""
-    return _Function(k, name, parallel).text()
+def function(k: Kernel, name: str, parallel: bool = False, part: bool = False) -> str:
+    """The kernel as a function of its arguments, its sizes, if `parallel` the number of threads, and if it does only a `part`
+    of the grid, where that begins and ends on the first axis."""
+    return _Function(k, name, parallel, part).text()
 
 
 class _Function:
     """Writes one kernel."""
 
-    def __init__(self, k: Kernel, name: str, parallel: bool):
-        self.k, self.name, self.parallel, self.tile = k, name, parallel, tile_of(k)
+    def __init__(self, k: Kernel, name: str, parallel: bool, part: bool):
+        self.k, self.name, self.parallel, self.part, self.tile = k, name, parallel, part, tile_of(k)
         names = [n if n.isascii() else "v" for n in value_names(k, (*RESERVED, *k.sizes, name))]
         names = names if len(set(names)) == len(names) else [f"v{i}" for i in range(len(names))]
         self.args, self.values = names[: len(k.args)], names[len(k.args) :]
@@ -128,6 +130,7 @@ class _Function:
             for a, n in zip(self.k.args, self.args, strict=True)
         ]
         params += [f"int64_t {s}" for s in self.k.sizes] + ["int threads"] * self.parallel
+        params += ["int64_t begin", "int64_t end"] * self.part
         if not self.tile:
             self._pointwise()
         elif self._by_columns():
@@ -152,7 +155,8 @@ class _Function:
             self._emit("}")
 
     def _for(self, var: str, n: Size) -> None:
-        self._open(f"for (int64_t {var} = 0; {var} < {_size(n)}; {var}++)")
+        start, stop = ("begin", "end") if self.part and var == "g0" else (0, _size(n))
+        self._open(f"for (int64_t {var} = {start}; {var} < {stop}; {var}++)")
 
     def _grid(self, axes: Sequence[int]) -> None:
         """Loops over these axes of the grid, the first one shared by the threads."""
@@ -174,7 +178,7 @@ class _Function:
             self._run(all_)
             self._close(2)
             return
-        if last and self._is_narrow(self.k.grid[last], self.k.grid[last - 1]):
+        if last and not self.part and self._is_narrow(self.k.grid[last], self.k.grid[last - 1]):
             self._across(last - 1)
             return
         self._grid(range(last))

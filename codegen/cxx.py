@@ -1,4 +1,5 @@
-"""C++ source -> a shared object in this process. Entry points: `compiler` (which one), `load` (compile or find, and open).
+"""C++ source -> a shared object in this process. Entry points: `compiler` (which one), `load` (compile or find, and open),
+`compiled` and `loaded` (an object as bytes, for artifacts), `missing` (what of a CPU an object needs and this one has not).
 
 Objects are kept on disk, named by a digest of source, compiler and flags (with the CPU that -march=native stands for). A
 file appears whole, by a rename, so any number of processes may compile the same source at once; the oldest go when all of
@@ -14,20 +15,31 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from fxfunc.passes import errors
 
 # No -ffast-math. Without traps too, g++ makes float(int(x)) trunc(x), which keeps NaN and -0; with them, what it sinks into the
 # branch of a choice is never a vector again.
-FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
+FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
          "-fno-tree-sink", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC", "-w",
          *os.environ.get("FXFUNC_CXXFLAGS", "").split())  # fmt: skip
+# What a target's objects use of a CPU, by the names of /proc/cpuinfo; "cpu" is this machine's.
+_V3 = "cx16 lahf_lm popcnt pni ssse3 sse4_1 sse4_2 avx avx2 bmi1 bmi2 f16c fma abm movbe".split()
+LEVELS = {
+    "cpu:x86-64-v3": _V3,
+    "cpu:x86-64-v4": [*_V3, *"avx512f avx512bw avx512cd avx512dq avx512vl".split()],
+}
+_USED = re.compile(
+    r"(avx|amx|sse|ssse|bmi)\w*|fma4?|pni|f16c|xop|tbm|abm|popcnt|movbe|cx16|lahf_lm|gfni|v?aes|v?pclmulqdq|adx"
+)
 LIMIT = 512 * 2**20  # bytes of objects kept
 _BUILD, _ABANDONED = "build-", 24 * 3600  # folders of compilers at work, and seconds after which none is
 _EAGER = 'backend="eager" (FXFUNC_BACKEND=eager)'
@@ -89,38 +101,88 @@ def _mangled(name: str, f: str) -> str:
     return f"_ZGVdN{8 if f else 4}{'vv' if name in PAIRS else 'v'}_{name}{f}"
 
 
-def load(source: str) -> ctypes.CDLL:
+def features(target: str) -> list[str]:
+    """What objects for a target use of a CPU."""
+    if target in LEVELS:
+        return LEVELS[target]
+    names = _cpu().partition(":")[2].split()
+    return sorted(names if platform.machine() != "x86_64" else filter(_USED.fullmatch, names))
+
+
+def missing(needed: Iterable[str]) -> list[str]:
+    """What of these this machine's CPU has not."""
+    return sorted(set(needed) - set(_cpu().partition(":")[2].split()))
+
+
+def load(source: str, target: str = "cpu") -> ctypes.CDLL:
     """The compiled source, opened; compiled at most once for each process and, the cache kept, each machine.
 
     Raises BackendError with the compiler's first complaint and where its log is; then nothing of the object stays on disk.
     """
+    path, flags, found = _job(source, target)
+    with _turns[found.stem]:
+        return _load(source, path, flags, found)
+
+
+def compiled(source: str, target: str = "cpu") -> bytes:
+    """The object of a source: that in the cache, else compiled. Raises as `load` does."""
+    path, flags, found = _job(source, target)
+    with _turns[found.stem]:
+        try:
+            if not found.exists():
+                _compile(source, path, flags, found)
+            return found.read_bytes()
+        except OSError as e:
+            raise _unusable(found, e) from e
+
+
+def loaded(data: bytes) -> ctypes.CDLL:
+    """An object that `compiled` gave, perhaps elsewhere, opened; no file of it stays. Raises BackendError if it cannot be."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="fxfunc-", suffix=".so") as file:
+            file.write(data)
+            file.flush()
+            return ctypes.CDLL(file.name)
+    except OSError as e:
+        raise _error(
+            f"the object of a program cannot be opened here ({e})",
+            f'Load it with backend="cpp", which compiles it here, or use {_EAGER}.',
+        ) from e
+
+
+def _job(source: str, target: str) -> tuple[str, tuple[str, ...], Path]:
+    """The compiler, its flags, and where the object is kept."""
     path = compiler()
     if path is None:
         raise _error(
             f"no C++ compiler ({', '.join(wanted())}) on this machine, so there is no log",
             f"Install g++, set CXX, or use {_EAGER}.",
         )
-    name = hashlib.sha256("\0".join((source, _identity(path), *FLAGS)).encode()).hexdigest()[:32]
-    with _turns[name]:
-        return _load(source, path, folder() / f"{name}.so")
+    flags = (f"-march={target.partition(':')[2] or 'native'}", *FLAGS)
+    name = hashlib.sha256("\0".join((source, _identity(path), *flags)).encode()).hexdigest()[:32]
+    found = folder() / f"{name}.so"
+    return path, flags, found
 
 
 @functools.lru_cache(maxsize=1024)
-def _load(source: str, path: str, found: Path) -> ctypes.CDLL:
+def _load(source: str, path: str, flags: tuple[str, ...], found: Path) -> ctypes.CDLL:
     try:
-        found.parent.mkdir(parents=True, exist_ok=True)
         if found.exists():
             try:
                 return _open(found)
             except OSError:  # cut short when the machine stopped, or removed meanwhile by another process
                 found.unlink(missing_ok=True)
-        _compile(source, path, found)
+        _compile(source, path, flags, found)
         return _open(found)
     except OSError as e:
-        raise _error(
-            f"the object {found} cannot be written or opened ({e}); there is no log",
-            f"Set FXFUNC_CACHE to a folder with space that can be written, or use {_EAGER}.",
-        ) from e
+        raise _unusable(found, e) from e
+
+
+def _unusable(found: Path, e: OSError) -> errors.BackendError:
+    return _error(
+        f"the object {found} cannot be written or opened ({e}); there is no log",
+        f"Set FXFUNC_CACHE to a folder with space that can be written, or use {_EAGER}.",
+    )
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -136,14 +198,15 @@ def _identity(path: str) -> str:
     return "\0".join((path, version, _cpu(), platform.machine(), platform.processor()))
 
 
-def _compile(source: str, path: str, target: Path) -> None:
+def _compile(source: str, path: str, flags: tuple[str, ...], target: Path) -> None:
     """Compile in a folder of our own beside the target, the compiler's temporary files too, and move the object out of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=_BUILD, dir=target.parent))
     try:
         text, made = work / f"{target.stem}.cpp", work / "made.so"
         text.write_text(source)
         libraries = ["-lmvec"] if vectorised() else []
-        done = _run([path, *FLAGS, str(text), "-o", str(made), "-lm", *libraries], work)
+        done = _run([path, *flags, str(text), "-o", str(made), "-lm", *libraries], work)
         if done.returncode or not made.exists():
             raise _failed(done, source, work / "log", target.with_suffix(".log"))
         os.replace(made, target)

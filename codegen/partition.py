@@ -46,8 +46,9 @@ from .expand import expand
 from .explain import Row, row
 from .loops import native
 from .lower import DTYPES, base, is_constant, is_free
+from .native import Native
 from .prepare import affine, refusal
-from .tasks import Native
+from .tasks import program as to_cpp
 
 aten = torch.ops.aten
 log = logging.getLogger("fxfunc")
@@ -64,11 +65,11 @@ class Built:
     notes: list[str]
     outside: list[Row]
 
-    def compile(self) -> None:
-        """Compile the programs, or find them in the cache."""
+    def compile(self, target: str) -> None:
+        """Compile the programs for a target, or find them in the cache."""
         for p in self.programs:
             saw_source(p.name, p.source)
-            p.compile()
+            p.compile(target)
         for note in (*self.notes, *(f"{r.op} ({r.name}) {r.place}: {r.why}" for r in self.outside)):
             log.info("cpp: %s", note)
 
@@ -322,7 +323,7 @@ class _Partition:
             if x not in members and x not in results and not is_constant(x)
         )
         graph = extract(list(bound), wanted)
-        program = Native(f"program_{len(self.programs) + 1}" if self.programs else "program", graph)
+        program = to_cpp(f"program_{len(self.programs) + 1}" if self.programs else "program", graph)
         self.programs.append(program)
         node = self.fx.create_node(
             "call_function", native, (program, *(self._get(x) for x in bound)), {}, program.name

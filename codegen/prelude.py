@@ -230,42 +230,91 @@ static inline __attribute__((always_inline)) void tile(T* __restrict c, const T*
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) memcpy(c + r * N + column[v], &sum[r][v], sizeof(vec));
 }
+// The same for terms of a that lie at `at`, and of b that are in order: one function for all large products of these R and V.
+template <class T, int W, int R, int V>
+static __attribute__((noinline, noclone)) void large_tile(T* __restrict c, int64_t N, const int* column, const T* a, int64_t step,
+                                                 const int64_t* at, const T* __restrict b, int terms, bool more) {
+  typedef typename Lanes<T, W>::vec vec;
+  vec sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) sum[r][v] = splat<vec, T>(0);
+  for (int k = 0; k < terms; k++, b += V * W) {
+    const T* x = a + at[k];
+    vec row[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) row[v] = load<vec>(b + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const vec y = splat<vec>(x[r * step]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sum[r][v] = fma_(y, row[v], sum[r][v]);
+    }
+  }
+  if (more)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + load<vec>(c + r * N + column[v]);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) memcpy(c + r * N + column[v], &sum[r][v], sizeof(vec));
+}
 // V vectors of columns of c = a b, in blocks of terms; a block of b that many rows read is first put in order.
-template <class T, int W, int V, int N, class M, class K, int64_t BR>
-static inline __attribute__((always_inline)) void panel(T* __restrict c, const T* a, const T* b, int first) {
+// `after` follows each group of rows that is done, if this is the last panel.
+template <class T, int W, int V, int N, class M, class K, int64_t BR, class F>
+static inline __attribute__((always_inline)) void panel(T* c, const T* a, const T* b, int first, bool last, F after) {
   constexpr int most = at_least(1, at_most(12, SUMS / V)), groups = (M::inner + most - 1) / most;
   constexpr int R = (M::inner + groups - 1) / groups, rest = M::inner % R, start = M::inner - rest;
   constexpr int step = at_most(K::outer, at_least(1, TERMS / K::inner)), terms = step * K::inner;
   constexpr bool packed = M::size >= 32 && BR != V * W && terms * V * W * sizeof(T) <= 65536;
   constexpr int64_t stride = packed ? V * W : BR;
+  constexpr bool large = M::size >= 32 && terms >= 16 && (packed || (BR == V * W && N == BR));
   alignas(64) T block[packed ? terms * V * W : 1];
+  int64_t at[large ? terms : 1];
+  int column[V];
+  for (int v = 0; v < V; v++) column[v] = at_most((first + v) * W, N - W);
   for (int from = 0; from < K::outer; from += step) {
     const int to = at_most(from + step, K::outer);
     const T* right = b + int64_t(from) * K::inner * BR;
     if constexpr (packed) {
       for (int k = 0; k < (to - from) * K::inner; k++)
         for (int v = 0; v < V; v++)
-          memcpy(block + (k * V + v) * W, right + k * BR + at_most((first + v) * W, N - W), W * sizeof(T));
+          memcpy(block + (k * V + v) * W, right + k * BR + column[v], W * sizeof(T));
       right = block;
     }
+    if constexpr (large)
+      for (int q = from; q < to; q++)
+        for (int k = 0; k < K::inner; k++) at[(q - from) * K::inner + k] = K::start(q) + k * K::step;
     for (int o = 0; o < M::outer; o++) {
       const T* left = a + M::start(o);
-      T* out = c + int64_t(o) * M::inner * N;
-      for (int i = 0; i + R <= M::inner; i += R)
-        tile<T, W, R, V, N, K, M::step, stride, packed>(out + i * N, left + i * M::step, right, first, from, to);
-      if constexpr (rest > 0)
-        tile<T, W, rest, V, N, K, M::step, stride, packed>(out + start * N, left + start * M::step, right, first, from, to);
+      const int above = o * M::inner;
+      const auto rows = [&](auto count, int i) __attribute__((always_inline)) {
+        T* out = c + int64_t(above + i) * N;
+        const T* x = left + i * M::step;
+        if constexpr (large) large_tile<T, W, count, V>(out, N, column, x, M::step, at, right, (to - from) * K::inner, from > 0);
+        else tile<T, W, count, V, N, K, M::step, stride, packed>(out, x, right, first, from, to);
+        if (last && to == K::outer) after(above + i, above + i + count);
+      };
+      for (int i = 0; i + R <= M::inner; i += R) rows(std::integral_constant<int, R>(), i);
+      if constexpr (rest > 0) rows(std::integral_constant<int, rest>(), start);
     }
   }
 }
-// c[M, N] = a b, where a's rows are the axis M and its columns the axis K, and b[k, j] = b[k * BR + j].
-template <class T, int N, int64_t BR, class M, class K>
-static __attribute__((noinline)) void mm(T* __restrict c, const T* a, const T* b) {
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+// c[M, N] = a b, where a's rows are the axis M and its columns the axis K, and b[k, j] = b[k * BR + j]. `after(begin, end)` is
+// called when these rows are done.
+template <class T, int N, int64_t BR, class M, class K, class F = Nothing>
+static __attribute__((noinline)) void mm(T* c, const T* a, const T* b, F after = F()) {
   constexpr int W = width<T>(N), vectors = (N + W - 1) / W, rows = M::inner;
   constexpr int most = at_most(8, SUMS / at_most(rows, 4));
   constexpr int groups = (vectors + most - 1) / most, V = (vectors + groups - 1) / groups, rest = vectors % V;
-  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR>(c, a, b, v);
-  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR>(c, a, b, vectors - rest);
+  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR>(c, a, b, v, v + V == vectors, after);
+  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR>(c, a, b, vectors - rest, true, after);
 }
 // The sum of a vector's lanes and of the products of the K elements behind those in it: halves are added until one is left,
 // each with half as many of the rest.
@@ -352,7 +401,7 @@ static void max_pool(T* __restrict out, int64_t* __restrict places, const T* __r
       }
 }
 
-// out[R, C] from x[C, R], whose rows are STEP apart; whole blocks of vectors in registers.
+// out[rows, columns] from x[columns, rows], whose rows are `step` apart; whole blocks of vectors in registers.
 #if defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
 #define BLOCKS 1
 #else
@@ -379,16 +428,17 @@ static inline __attribute__((always_inline)) void turn_block(T* out, int64_t col
   swap_halves<1, I>(a, all);
   (memcpy(out + i * columns, &a[i], sizeof(vec)), ...);
 }
-template <class T, int R, int C, int64_t STEP>
-static __attribute__((noinline)) void turn(T* __restrict out, const T* __restrict x) {
-  constexpr int W = 32 / sizeof(T), rows = BLOCKS ? R / W * W : 0, columns = BLOCKS ? C / W * W : 0;
+template <class T>
+static __attribute__((noinline, noclone)) void turn(T* __restrict out, int rows, int columns, const T* __restrict x, int64_t step) {
+  constexpr int W = 32 / sizeof(T);
+  const int whole = BLOCKS ? rows / W * W : 0, across = BLOCKS ? columns / W * W : 0;
 #if BLOCKS
   typedef typename std::conditional<sizeof(T) == 4, Ints<0, 1, 2, 3, 4, 5, 6, 7>, Ints<0, 1, 2, 3>>::type block;
-  for (int i = 0; i < rows; i += W)
-    for (int j = 0; j < columns; j += W) turn_block(out + i * C + j, C, x + j * STEP + i, STEP, block());
+  for (int i = 0; i < whole; i += W)
+    for (int j = 0; j < across; j += W) turn_block(out + int64_t(i) * columns + j, columns, x + j * step + i, step, block());
 #endif
-  for (int i = 0; i < R; i++)
-    for (int j = i < rows ? columns : 0; j < C; j++) out[i * C + j] = x[j * STEP + i];
+  for (int i = 0; i < rows; i++)
+    for (int j = i < whole ? across : 0; j < columns; j++) out[int64_t(i) * columns + j] = x[j * step + i];
 }
 
 // ---- sums over the tasks: each block of tasks in order, then the blocks in order ----

@@ -14,7 +14,7 @@ from fxfunc.passes.graph import Graph, constant, getitem, root
 from .loops import kernel, native
 
 if TYPE_CHECKING:
-    from .tasks import Native
+    from .native import Native
 
 aten = torch.ops.aten
 _OWN = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.sum.default,

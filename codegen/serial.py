@@ -9,6 +9,7 @@ import dataclasses
 import keyword
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -17,6 +18,7 @@ from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Literal, Op, Val, getitem
 
 from . import loops
+from .native import Native
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}\Z")
 _OPERATOR = re.compile(r"[a-z_][a-z0-9_]*\.[A-Za-z_][A-Za-z0-9_]*\.[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -45,10 +47,10 @@ def dump(graph: Graph, literals: list[torch.Tensor]) -> dict:
     }
 
 
-def load(data: dict, literals: list[torch.Tensor]) -> Graph:
-    """The graph of JSON data. Raises SerialError for anything that `dump` does not write."""
+def load(data: dict, literals: list[torch.Tensor], programs: Mapping[str, Native] | None = None) -> Graph:
+    """The graph of JSON data, in which `programs` are named. Raises SerialError for anything that `dump` does not write."""
     try:
-        return _load_graph(data, literals)
+        return _load_graph(data, literals, programs or {})
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise (
             e if isinstance(e, SerialError) else SerialError(f"malformed graph ({type(e).__name__}: {e})")
@@ -94,6 +96,8 @@ def _dump(x, number, literals):
         return {"L": len(literals) - 1}
     if isinstance(x, Graph):
         return {"g": dump(x, literals)}
+    if isinstance(x, Native):
+        return {"P": x.name}
     if type(x).__name__ in _RECORDS:
         return {"r": [type(x).__name__, *(_dump(getattr(x, f), number, literals) for f in _fields(type(x)))]}
     raise SerialError(f"an argument of type {type(x).__name__} cannot be stored")
@@ -222,20 +226,22 @@ def _float(x: str) -> float:
     return float(x) if x in ("inf", "-inf", "nan") else float.fromhex(x)
 
 
-def _load(x, nodes, literals):
+def _load(x, nodes, literals, programs):
     if x is None or isinstance(x, (bool, int)):
         return x
     ((tag, value),) = x.items()
     if tag in ("l", "u"):
-        out = [_load(y, nodes, literals) for y in value]
+        out = [_load(y, nodes, literals, programs) for y in value]
         return out if tag == "l" else tuple(out)
     if tag == "n":
         return nodes[_index(value, nodes)]
     if tag == "L":
         return Literal(literals[_index(value, literals)])
     if tag == "r":
-        return _load_record(*(_string(value[0]), *(_load(y, nodes, literals) for y in value[1:])))
-    return _load_graph(value, literals) if tag == "g" else _DECODERS[tag](value)
+        return _load_record(*(_string(value[0]), *(_load(y, nodes, literals, programs) for y in value[1:])))
+    if tag == "P":
+        return programs[_string(value)]
+    return _load_graph(value, literals, programs) if tag == "g" else _DECODERS[tag](value)
 
 
 def _load_record(kind: str, *values):
@@ -279,7 +285,7 @@ _DECODERS = {
 }
 
 
-def _load_graph(data: dict, literals) -> Graph:
+def _load_graph(data: dict, literals, programs) -> Graph:
     fx = torch.fx.Graph()
     nodes: list[Node] = []
     names: set[str] = set()
@@ -287,8 +293,8 @@ def _load_graph(data: dict, literals) -> Graph:
     for name, val in data["inputs"]:
         nodes.append(_node(fx, names, "placeholder", name, _identifier(name), (), {}, load_val(val)))
     for name, target, args, kwargs, val in data["nodes"]:
-        arguments = tuple(_load(a, nodes, literals) for a in args)
-        keywords = {_identifier(k): _load(v, nodes, literals) for k, v in kwargs.items()}
+        arguments = tuple(_load(a, nodes, literals, programs) for a in args)
+        keywords = {_identifier(k): _load(v, nodes, literals, programs) for k, v in kwargs.items()}
         nodes.append(
             _node(
                 fx,

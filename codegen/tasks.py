@@ -1,4 +1,4 @@
-"""A prepared graph as a C++ program over buffers: `Native`, which compiles and runs one.
+"""A prepared graph as a C++ program over buffers. Entry point: `program`.
 
 The unit is a program, not a launch a kernel: inside of a map's body all values are small, and a task that keeps them in one
 piece of scratch memory in cache is worth more than any fusion across launches. So a `map` is a parallel loop over its
@@ -12,43 +12,31 @@ block in order by one thread, then the blocks in order.
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxfunc.passes.dims import numel
-from fxfunc.passes.graph import (
-    Graph,
-    Val,
-    getitem,
-    map_,
-    scan,
-)
-from fxfunc.passes.infer import OWN
+from fxfunc.passes.graph import Graph, Val, getitem, map_, scan
 
-from . import cxx
+from . import cost
 from .cost import bytes_of, is_shared
 from .cpp import TYPES, comment, function, name_of
 from .explain import Row, placed, row, source_line
-from .frames import Frames
-from .loops import Kernel, native
+from .loops import Index, Kernel, Load
 from .loops import kernel as kernel_op
 from .lower import base, is_free
 from .moves import MOVES
+from .native import Native
 from .prelude import prelude
 from .prepare import Factors, factors, form, prepare, strides, turned
 from .rows import PRODUCTS
+from .triton import tile_of
 
 aten = torch.ops.aten
 
 BLOCKS, BLOCKS_BYTES = 64, 16 * 2**20  # of partial sums over examples
-_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-_new = torch._C._dynamo.guards._empty_strided_cpu  # past the dispatcher and all modes
 
 
 # ---- scratch memory ----
@@ -89,11 +77,11 @@ class _Unit:
         self.names: set[str] = set()
         self.rows: list[Row] = []  # each call, by what computes it
 
-    def kernel(self, k: Kernel, parallel: bool) -> str:
+    def kernel(self, k: Kernel, parallel: bool = False, part: bool = False) -> str:
         """The name of a kernel's function."""
-        text = function(k, "@", parallel)
+        text = function(k, "@", parallel, part)
         if text not in self.functions:
-            self.functions[text] = self.fresh(name_of(k) + "_shared" * parallel)
+            self.functions[text] = self.fresh(name_of(k) + "_shared" * parallel + "_part" * part)
             self.parts.append(text.replace("@", self.functions[text]))
         return self.functions[text]
 
@@ -129,6 +117,7 @@ class _Body:
         self.given = {n: p for n, p in zip(graph.outputs, outputs, strict=True) if p is not None}
         self.memory, self.held = _Memory(), {}
         self.unread: list[int] = []
+        self.early: set[Node] = set()  # kernels that follow the rows of a product
         self.lines: list[str] = []
         self.taken: set[str] = set()
         self.source = ""
@@ -145,7 +134,8 @@ class _Body:
             if n.target is not kernel_op and n.target is not getitem and not is_free(n):
                 self.unit.rows.append(row(n, f"{self.name}: {_how(n)}"))
             if n.target is kernel_op:
-                self._kernel(n)
+                if n not in self.early:
+                    self._kernel(n)
             elif n.target in PRODUCTS:
                 self._product(n)
             elif n.target in MOVES:
@@ -215,15 +205,32 @@ class _Body:
         return name
 
     def _kernel(self, n: Node) -> None:
+        shared = self.parallel and is_shared(n.args[0])
+        name = self.unit.kernel(n.args[0], shared)
+        self.unit.rows += placed(n, f"{self.name}: {name}")
+        self.emit(f"{name}({', '.join(self._arguments(n) + ['threads'] * shared)});")
+
+    def _arguments(self, n: Node) -> list[str]:
+        """The arguments of a kernel's function, its outputs placed."""
         k, *operands = n.args
         ins = [self.places[x] for x in operands]
-        outs = self.outputs(n)
-        given, made = iter(ins), iter(outs)
-        args = [next(made if a.output else given) for a in k.args]
-        shared = self.parallel and is_shared(k)
-        name = self.unit.kernel(k, shared)
-        self.unit.rows += placed(n, f"{self.name}: {name}")
-        self.emit(f"{name}({', '.join(args + ['threads'] * shared)});")
+        given, made = iter(ins), iter(self.outputs(n))
+        return [next(made if a.output else given) for a in k.args]
+
+    def _epilogue(self, product: Node) -> str:
+        """A kernel that can follow the rows of a product as an argument of it, or nothing."""
+        if not cost.has_epilogue(product):
+            return ""
+        for n in product.users:
+            if n.target is kernel_op and n not in self.early and all(x in self.places for x in n.args[1:]):
+                steps = _steps_a_row(n, product)
+                if steps and not (self.parallel and is_shared(n.args[0])):
+                    self.early.add(n)
+                    name = self.unit.kernel(n.args[0], part=True)
+                    self.unit.rows += placed(n, f"{self.name}: {name}, in the rows of {product.name}")
+                    args = ", ".join([*self._arguments(n), f"begin * {steps}", f"end * {steps}"])
+                    return f", [=](int64_t begin, int64_t end) {{ {name}({args}); }}"
+        return ""
 
     def outputs(self, n: Node) -> list[str]:
         """Pointers for all results of a call, read or not."""
@@ -258,7 +265,8 @@ class _Body:
             self.emit(f"for (int64_t i = 0; i < {count}; i++)")
             self.emit(f"  {kind}({c} + i * {size}, {left} + i * {left_step}, {right} + i * {right_step});")
         else:
-            self.emit(f"{kind}({c}, {left.removesuffix(' + 0')}, {right.removesuffix(' + 0')});")
+            after = self._epilogue(n)
+            self.emit(f"{kind}({c}, {left.removesuffix(' + 0')}, {right.removesuffix(' + 0')}{after});")
 
     def _turned(self, n: Node) -> None:
         node, offset, (*batch, _, step) = strides(n.args[0])
@@ -267,7 +275,7 @@ class _Body:
         for count, size in zip(counts, batch, strict=True):
             self.emit(f"for (int64_t i = 0; i < {count}; i++)")
             out, source = f"  {out} + i * {rows * columns}", f"{source} + i * {size}"
-        self.emit(f"turn<{TYPES[n.meta['val'].dtype]}, {rows}, {columns}, {step}>({out}, {source});")
+        self.emit(f"turn<{TYPES[n.meta['val'].dtype]}>({out}, {rows}, {columns}, {source}, {step});")
 
     def _move(self, n: Node) -> None:
         call = MOVES[n.target](*n.args, **n.kwargs)
@@ -275,6 +283,26 @@ class _Body:
         outs, t = self.outputs(n), TYPES[call.sources[0].meta["val"].dtype]
         for line in call.lines:
             self.emit(line.format(*sources, out=outs[0], outs=outs, T=t))
+
+
+def _steps_a_row(n: Node, product: Node) -> int:
+    """How many steps of its first axis a kernel takes for a row of the product, if it is elementwise in that; else 0."""
+    k, *operands = n.args
+    args = [i for i, a in enumerate(k.args) if not a.output]
+    read = {args[i] for i, x in enumerate(operands) if x is product}
+    loads = [x.index for x in k.body if isinstance(x, Load) and x.arg in read]
+    rows, columns = product.meta["val"].shape
+    if tile_of(k) or numel(k.grid) != rows * columns or not all(_is_in_order(k, index) for index in loads):
+        return 0
+    return k.grid[0] // rows if k.grid[0] % rows == 0 else 0
+
+
+def _is_in_order(k: Kernel, index: Index) -> bool:
+    """True where a kernel reads a dense value element by element."""
+    wanted = (numel(k.grid[i + 1 :]) for i in range(len(k.grid)))
+    return index.offset == 0 and all(
+        n == 1 or s == w for n, s, w in zip(k.grid, index.grid, wanted, strict=True)
+    )
 
 
 class _Map:
@@ -414,67 +442,15 @@ def _part(v: Val, at: int, offset: str = "") -> str:
 # ---- a program ----
 
 
-class Native:
-    """A compiled program: operands -> outputs."""
-
-    def __init__(self, name: str, graph: Graph):
-        self.name, self.graph = name, graph
-        self.vals: tuple[Val, ...] = tuple(graph.out_vals)
-        unit = _Unit()
-        self.source, self.bytes, self.task_bytes = _source(unit, graph)
-        self.rows = unit.rows
-        self.entry: Callable | None = None
-        self._frames = Frames(len(graph.inputs) + len(self.vals))
-        self._made = [
-            (tuple(v.shape), torch.empty(v.shape, device="meta").stride(), v.dtype) for v in self.vals
-        ]
-
-    def compile(self) -> None:
-        """Compile it, or find it in the cache."""
-        self.entry = cxx.load(self.source).program
-        self.entry.argtypes, self.entry.restype = _ARGUMENTS, None
-
-    def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        return self.run(
-            [x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous() for x in operands]
-        )
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, for operands that lie in memory as their shapes say."""
-        outputs = list(itertools.starmap(_new, self._made))
-        threads = _threads()
-        frame = self._frames.take(self.bytes + threads * self.task_bytes + 64, operands, outputs)
-        self.entry(frame.at_addresses, frame.at_scratch, threads, frame.at_bad)
-        if frame.bad[2]:
-            index, axis, size = frame.bad
-            raise RuntimeError(f"index {index} is out of bounds for dimension {axis} with size {size}")
-        self._frames.give_back(frame)
-        return outputs
-
-    def describe(self) -> str:
-        """One line on what it holds."""
-        loops = [_how(n) for n in self.graph.nodes if n.target in (map_, scan)]
-        calls = sum(not is_free(n) and n.target is not getitem for n in self.graph.nodes) - len(loops)
-        return f"{self.name}: {', '.join([*loops, f'{calls} calls outside of loops'])} in C++"
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _threads() -> int:
-    """How many threads a program uses: in a forked child one, since the pool of libgomp does not survive a fork."""
-    return 1 if _forked else torch.get_num_threads()
+def program(name: str, graph: Graph) -> Native:
+    """A graph as a program, to be compiled."""
+    unit = _Unit()
+    source, size, task_bytes = _source(unit, graph)
+    loops = [_how(n) for n in graph.nodes if n.target in (map_, scan)]
+    calls = sum(not is_free(n) and n.target is not getitem for n in graph.nodes) - len(loops)
+    summary = ", ".join([*loops, f"{calls} calls outside of loops"])
+    return Native(name, source, graph.out_vals, operands=len(graph.inputs), bytes=size, task_bytes=task_bytes,
+                  summary=summary, rows=unit.rows)  # fmt: skip
 
 
 def _source(unit: _Unit, graph: Graph) -> tuple[str, int, int]:
@@ -503,10 +479,3 @@ def _source(unit: _Unit, graph: Graph) -> tuple[str, int, int]:
         "}",
     ]
     return unit.text() + "\n" + "\n".join(text) + "\n", size, task_bytes
-
-
-def _native_vals(program: Native, *operands: Val) -> tuple[Val, ...]:
-    return program.vals
-
-
-OWN[native] = _native_vals

@@ -1,9 +1,10 @@
 """Artifacts: a compiled function in one zip file. Entry points: `save`, `load`, `check`.
 
 Members: manifest.json (format, versions, signature, captures, backend, target, size and sha256 of every other member),
-graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), for a GPU
-native.json (the same graph with kernels in it) and kernels/NAME/ (cubin, PTX, source, what a launch needs), and for C++ programs
-source.json (the graph before maps are batched, from which they are compiled where the file is loaded).
+graph.json (the lowered graph: registered operators and plain data), constants (raw little-endian bytes), and of compiled code
+native.json (the same graph with kernels or programs in it), kernels/NAME/ (cubin, PTX, source, what a launch needs),
+programs/NAME/ (shared object, C++, what a call needs; the manifest has what they use of a CPU) and source.json (the graph before
+maps are batched, from which programs are compiled where the file is loaded untrusted).
 There is no pickle and no Python in it, and `load` runs no native code from it unless told to trust it. Digests are checked
 before anything else is read. With a key, an HMAC-SHA256 over the manifest proves who wrote it.
 """
@@ -23,7 +24,7 @@ from collections import OrderedDict
 import torch
 from torch.utils import _pytree as pytree
 
-from fxfunc.codegen import backends, serial
+from fxfunc.codegen import backends, cxx, serial
 from fxfunc.passes import errors
 from fxfunc.passes.verify import verify
 
@@ -81,6 +82,8 @@ def _members(compiled: Compiled) -> tuple[dict[str, bytes], dict]:
         members[f"constants/{i}"] = _bytes(t)
     for k in compiled.kernels:
         members |= {f"kernels/{k.kernel.name}/{name}": data for name, data in k.files().items()}
+    for p in compiled.programs:
+        members |= {f"programs/{p.name}/{name}": data for name, data in p.files(compiled.target).items()}
     manifest = {
         "format": FORMAT,
         "fxfunc": _version(),
@@ -88,6 +91,7 @@ def _members(compiled: Compiled) -> tuple[dict[str, bytes], dict]:
         "triton": _triton_version() if compiled.kernels else None,
         "backend": compiled.backend,
         "target": compiled.target,
+        "cpu": cxx.features(compiled.target) if compiled.programs else None,
         "signature": _dump_signature(compiled.signature),
         "constants": [_dump_tensor(t) for t in constants],
         "literals": literals,
@@ -233,12 +237,16 @@ def load(
 
     captures: tensors to bind in place of stored ones, by name. key: require a manifest signed with it.
     trust, or a key that fits, allows native code from the file; without, it runs on the eager backend.
-    backend: "eager", or "triton" and "cpp" to compile it here. None: one with C++ programs is compiled here, if cpp is what
-    FXFUNC_BACKEND and the machine's compiler make the default. Raises ArtifactError naming what is wrong.
+    backend: "eager", or "triton" and "cpp" to compile it here. None: untrusted C++ programs are compiled here, if cpp is what
+    FXFUNC_BACKEND and the machine's compiler make the default. Raises ArtifactError naming what is wrong, such as a feature
+    that trusted objects use and this CPU has not.
     """
     path = os.fspath(path)
     manifest, members = _read(path, key)
-    if backend is None and _SOURCE in members and backends.default("cpu") == "cpp":
+    trust = backend is None and _NATIVE in members and (trust or key is not None)
+    if trust:
+        _check_cpu(path, manifest)
+    elif backend is None and _SOURCE in members and backends.default("cpu") == "cpp":
         backend = "cpp"
     try:
         constants = [
@@ -249,17 +257,17 @@ def load(
         signature = _load_signature(manifest["signature"])
         _check_counts(graph, signature, manifest["captures"], stored)
         target = manifest["target"]
-        backends.check_target("triton" if _NATIVE in members else "eager", target)
+        backends.check_target(manifest["backend"], target)
         if backend == "cpp" and _SOURCE in members:
             graph = serial.load(json.loads(members[_SOURCE]), literals)
             verify(graph, "load")  # C++ trusts the shapes
             _check_counts(graph, signature, manifest["captures"], stored)
-        if backend is not None:
-            program = None
-        elif _NATIVE in members and (trust or key is not None):
+        if trust:
             program = _native(members, graph, literals, target)
-        else:
+        elif backend in (None, "eager"):
             program = backends.eager_program(graph, target)
+        else:
+            program = None
     except (*_MALFORMED, errors.FxfuncError) as e:
         raise errors.ArtifactError(
             path=path,
@@ -269,7 +277,7 @@ def load(
     bound = _bound(path, manifest["captures"], stored, captures or {})
     if program is None:
         return _rebuilt(graph, backend, target, signature, bound)
-    return Compiled(program, signature, bound, None, {}, loaded_as="native" if program.kernels else "eager")
+    return Compiled(program, signature, bound, None, {}, loaded_as="native" if trust else "eager")
 
 
 _MALFORMED = (
@@ -295,18 +303,32 @@ def _check_counts(graph, signature, listed, stored) -> None:
 
 
 def _native(members, graph, literals, target) -> backends.Program:
-    """The program of stored kernels: the only way by which code from a file runs."""
-    from fxfunc.codegen import launch
+    """The program of stored kernels or objects: the only way by which code from a file runs."""
+    from fxfunc.codegen import launch, native
     from fxfunc.codegen.fuse import kernels_of
 
-    native = serial.load(json.loads(members[_NATIVE]), literals)
-    kernels = []
-    for k in kernels_of(native):
-        folder = f"kernels/{k.name}/"
-        kernels.append(
-            launch.read(k, {m.removeprefix(folder): x for m, x in members.items() if m.startswith(folder)})
+    names = [m.split("/")[1] for m in members if m.startswith("programs/") and m.endswith("/program.so")]
+    programs = {name: native.read(name, _folder(members, f"programs/{name}/")) for name in names}
+    whole = serial.load(json.loads(members[_NATIVE]), literals, programs)
+    if programs:
+        source = serial.load(json.loads(members[_SOURCE]), literals)
+        return backends.with_programs(whole, list(programs.values()), source, target, graph)
+    kernels = [launch.read(k, _folder(members, f"kernels/{k.name}/")) for k in kernels_of(whole)]
+    return backends.with_kernels(graph, whole, kernels, target)
+
+
+def _folder(members: dict[str, bytes], folder: str) -> dict[str, bytes]:
+    return {m.removeprefix(folder): data for m, data in members.items() if m.startswith(folder)}
+
+
+def _check_cpu(path: str, manifest: dict) -> None:
+    """Objects run only where the CPU has what they were compiled to use."""
+    if missing := cxx.missing(manifest.get("cpu") or ()):
+        raise errors.ArtifactError(
+            path=path,
+            what=f"its programs use {', '.join(missing)}, which this CPU has not",
+            instead='Load it with backend="cpp", which compiles it here, or compile it for target="cpu:x86-64-v3".',
         )
-    return backends.with_kernels(graph, native, kernels, target)
 
 
 def _rebuilt(graph, backend, target, signature, captures) -> Compiled:

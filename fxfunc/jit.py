@@ -376,10 +376,11 @@ class Lowered:
 
     @no_collection()
     def compile(self, backend: str | None = None, target: str | None = None) -> Compiled:
-        """Compile for a backend ("eager", "cpp", "triton") and target ("cpu", "cuda:90").
+        """Compile for a backend ("eager", "cpp", "triton") and target ("cpu", "cpu:x86-64-v3", "cuda:90").
 
         backend None: that of the function, else triton for a GPU, and for a CPU what FXFUNC_BACKEND names, else cpp if there is a
-        compiler, else eager. Raises BackendError naming what the backend cannot take.
+        compiler, else eager. Target None: this machine's. C++ for "cpu" uses all that this CPU has, "cpu:x86-64-v3" what each CPU
+        of that level has. Raises BackendError naming what the backend cannot take.
         """
         graph, backend, target = backends.choose(self.graph, backend or self._backend, target)
         program = backends.compile(graph, backend, target)
@@ -420,6 +421,11 @@ class Compiled:
     def source(self) -> Graph | None:
         """The graph that C++ programs were compiled from; None if there are none."""
         return self._program.source if self._program.programs else None
+
+    @property
+    def programs(self) -> list:
+        """The compiled C++ programs, each with .name .source .rows; none on other backends."""
+        return self._program.programs
 
     @property
     def kernels(self) -> list:

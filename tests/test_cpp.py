@@ -213,6 +213,36 @@ def test_a_large_matrix_that_all_tasks_read_for_few_rows_is_read_once(rows):
     assert_close(call(w, x), f(torch.func)(w, x), 1e-4)
 
 
+# What reads a product of 70 rows, and how many kernels can follow its rows.
+EPILOGUES = {
+    "relu": (lambda x, y, r, c: (x @ y).relu(), 1),
+    "bias": (lambda x, y, r, c: (x @ y + r).tanh(), 1),
+    "column": (lambda x, y, r, c: (x @ y) * c[:, None], 1),
+    "two results": (lambda x, y, r, c: (x @ y, (x @ y + r).exp()), 1),
+    "product of products": (lambda x, y, r, c: (x @ y) * (x.sin() @ y).cos(), 1),
+    "chain": (lambda x, y, r, c: ((x @ y).relu() @ y.t()[:, :33]).relu(), 2),
+    "transposed": (lambda x, y, r, c: (x @ y).t().reshape(70, 20) + r, 0),
+    "sum": (lambda x, y, r, c: (x @ y).exp().sum(0), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_a_kernel_that_follows_the_rows_of_a_product_gives_the_same_bits(name, dtype):
+    f, count = EPILOGUES[name]
+    g = torch.Generator().manual_seed(0)
+    args = [torch.randn(s, generator=g, dtype=dtype) for s in ((70, 33), (33, 20), (20,), (70,))]
+    with cost.forced(epilogues="all", products="native"):
+        early = on_cpp(f, *args)
+    with cost.forced(epilogues="none", products="native"):
+        late = on_cpp(f, *args)
+    sources = [p.source for call in (early, late) for p in call.programs]
+    assert [s.count("[=](int64_t begin, int64_t end)") for s in sources] == [count, 0]
+    for a, b in zip(*(pytree.tree_leaves(call(*args)) for call in (early, late)), strict=True):
+        assert torch.equal(a, b)
+    assert_close(early(*args), f(*args), 1e-4 if dtype is F32 else 1e-12)
+
+
 # ---- programs ----
 
 

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from test_artifact import rewrite
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,9 +37,9 @@ def built(monkeypatch):
     """The names of the programs that were built, one by one."""
     names, load = [], cxx.load
 
-    def counted(source):
+    def counted(source, target):
         names.append(source)
-        return load(source)
+        return load(source, target)
 
     monkeypatch.setattr(cxx, "load", counted)
     return names
@@ -356,7 +357,7 @@ def mapped(monkeypatch):
 
 def calls(compiled):
     """What computes each call; which line it comes from is not stored."""
-    return [(r.op, r.place) for p in compiled._program.programs for r in p.rows]
+    return [(r.op, r.place) for p in compiled.programs for r in p.rows]
 
 
 def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
@@ -373,6 +374,77 @@ def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
     assert calls(fxfunc.load(tmp_path / "again.zip")) == calls(compiled)
 
 
+@pytest.mark.parametrize("target", ["cpu", "cpu:x86-64-v3"])
+@pytest.mark.parametrize("allowed", [{"trust": True}, {"key": b"secret"}])
+def test_a_trusted_program_runs_as_it_was_compiled(target, allowed, mapped, tmp_path, monkeypatch):
+    if cxx.missing(cxx.features(target)):
+        pytest.skip(f"this machine is no {target}")
+    f, xs = mapped
+    g = lambda xs, ys: (
+        f(xs),
+        (ys @ ys.T).sin().sum(0) + 1,
+    )  # [40, 600] is too large a product for C++: two programs
+    ys = torch.randn(600, 700, dtype=torch.float64)
+    compiled = fxfunc.jit(g).lower(xs, ys).compile(backend="cpp", target=target)
+    compiled.save(tmp_path / "f.zip", key=b"secret")
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    for _ in range(2):  # the second is the save of what was loaded, which needs the compiler's cache
+        loaded = fxfunc.load(tmp_path / "f.zip", **allowed)
+        assert (loaded.backend, loaded.target, loaded.loaded_as) == ("cpp", target, "native")
+        assert [p.source for p in loaded.programs] == [
+            p.source for p in compiled.programs
+        ] and loaded.programs
+        for _ in range(3):
+            assert all(map(torch.equal, loaded(xs, ys), compiled(xs, ys)))
+        assert "a loop over 3 tasks" in loaded.explain()
+        monkeypatch.delenv("CXX", raising=False)
+        loaded.save(tmp_path / "f.zip", key=b"secret")
+        monkeypatch.setenv("CXX", "/nowhere/g++")
+
+
+def test_a_trusted_program_needs_what_the_cpu_has(mapped, tmp_path, monkeypatch):
+    f, xs = mapped
+    fxfunc.jit(f).lower(xs).compile().save(tmp_path / "f.zip")
+    here = cxx._cpu()
+    monkeypatch.setattr(cxx, "_cpu", lambda: here.replace(" fma ", " ").replace(" asimd ", " "))
+    with pytest.raises(errors.ArtifactError, match="its programs use (fma|asimd), which this CPU has not"):
+        fxfunc.load(tmp_path / "f.zip", trust=True)
+    assert fxfunc.load(tmp_path / "f.zip", trust=True, backend="eager").loaded_as == "eager"
+    assert fxfunc.load(tmp_path / "f.zip").loaded_as == "rebuilt"
+
+
+def test_what_is_compiled_for_more_than_this_cpu_has_says_so(mapped, tmp_path, monkeypatch):
+    f, xs = mapped
+    monkeypatch.setitem(cxx.LEVELS, "cpu:x86-64-v3", [*cxx.LEVELS["cpu:x86-64-v3"], "avx1024"])
+    compiled = fxfunc.jit(f).lower(xs).compile(target="cpu:x86-64-v3")
+    compiled.save(tmp_path / "f.zip")
+    with pytest.raises(errors.BackendError, match="cpu:x86-64-v3, which this machine has not"):
+        compiled(xs)
+    with pytest.raises(errors.ArtifactError, match="avx1024"):
+        fxfunc.load(tmp_path / "f.zip", trust=True)
+
+
+def test_an_object_that_cannot_be_opened_is_named(mapped, tmp_path):
+    f, xs = mapped
+    fxfunc.jit(f).lower(xs).compile().save(tmp_path / "f.zip")
+    rewrite(tmp_path / "f.zip", lambda members: members.update({"programs/program/program.so": b"no object"}))
+    with pytest.raises(errors.ArtifactError, match='object of a program cannot be opened.*backend="cpp"'):
+        fxfunc.load(tmp_path / "f.zip", trust=True)
+    assert fxfunc.load(tmp_path / "f.zip").loaded_as == "rebuilt"
+
+
+def test_no_object_is_opened_untrusted(mapped, tmp_path, monkeypatch):
+    f, xs = mapped
+    fxfunc.jit(f).lower(xs).compile().save(tmp_path / "f.zip")
+    monkeypatch.setattr(
+        cxx, "loaded", lambda data: pytest.fail("native code of an untrusted file was opened")
+    )
+    for options in ({}, {"backend": "eager"}, {"backend": "cpp"}, {"backend": "cpp", "trust": True}):
+        assert torch.equal(
+            fxfunc.load(tmp_path / "f.zip", **options)(xs).isnan(), torch.zeros(3, 7, dtype=torch.bool)
+        )
+
+
 @pytest.mark.parametrize("how", ["argument", "environment", "no compiler"])
 def test_a_stored_program_runs_on_the_eager_backend_elsewhere(how, mapped, tmp_path, monkeypatch):
     f, xs = mapped
@@ -386,7 +458,7 @@ def test_a_stored_program_runs_on_the_eager_backend_elsewhere(how, mapped, tmp_p
             loaded = fxfunc.load(tmp_path / "f.zip")
     else:
         loaded = fxfunc.load(tmp_path / "f.zip", backend="eager" if how == "argument" else None)
-    assert (loaded.backend, loaded.loaded_as) == ("eager", "rebuilt" if how == "argument" else "eager")
+    assert (loaded.backend, loaded.loaded_as) == ("eager", "eager")
     torch.testing.assert_close(loaded(xs), f(xs), rtol=1e-12, atol=1e-12)
 
 
