@@ -42,7 +42,7 @@ _KEYWORDS = (
 _OURS = (
     "half bfloat16 maximum minimum rem_int rem_float floordiv_int floordiv_float truncdiv_int fmod_int fold mm bmm add_to "
     "sum_blocks threads scratch args block lane lanes load splat fma_ dots tile rows width VECTOR SUMS at_least at_most "
-    "Lanes part joined HIDDEN choose total put gather scatter_add indexed in_range bad Ints swap_halves turn turn_block "
+    "Lanes part joined HIDDEN choose total put gather scatter_add indexed in_range bad Ints swap_halves turn_into turn_block "
     "BLOCKS begin end Nothing"
 ).split()
 _LIBM = (

@@ -186,6 +186,47 @@ template <class T> constexpr int width(int n) {
   return w;
 }
 
+// out[rows, columns] from x[columns, rows], whose rows are `width` and `step` apart; whole blocks of vectors in registers.
+#if defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
+#define BLOCKS 1
+#else
+#define BLOCKS 0
+#endif
+template <int... i> struct Ints {};
+// In each pair of vectors that are HALF apart, the halves of HALF lanes that are not in their place swapped.
+template <int HALF, class I, class V, int... i>
+static inline __attribute__((always_inline)) void swap_halves(V* a, Ints<i...>) {
+  constexpr int W = sizeof...(i);
+  typedef I mask __attribute__((vector_size(W * sizeof(I))));
+  constexpr mask low = {I(i & HALF ? i - HALF + W : i)...}, high = {I(i & HALF ? i + W : i + HALF)...};
+  const V b[W] = {(i & HALF ? __builtin_shuffle(a[i - (i & HALF)], a[i], high) : __builtin_shuffle(a[i], a[i | HALF], low))...};
+  ((a[i] = b[i]), ...);
+}
+template <class T, int... i>
+static inline __attribute__((always_inline)) void turn_block(T* out, int64_t columns, const T* x, int64_t step, Ints<i...> all) {
+  constexpr int W = sizeof...(i);
+  typedef typename Lanes<T, W>::vec vec;
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type I;
+  vec a[W] = {load<vec>(x + i * step)...};
+  if constexpr (W == 8) swap_halves<4, I>(a, all);
+  swap_halves<2, I>(a, all);
+  swap_halves<1, I>(a, all);
+  (memcpy(out + i * columns, &a[i], sizeof(vec)), ...);
+}
+template <class T>
+static __attribute__((noinline, noclone)) void turn_into(T* __restrict out, int64_t width, int rows, int columns,
+                                                         const T* __restrict x, int64_t step) {
+  constexpr int W = 32 / sizeof(T);
+  const int whole = BLOCKS ? rows / W * W : 0, across = BLOCKS ? columns / W * W : 0;
+#if BLOCKS
+  typedef typename std::conditional<sizeof(T) == 4, Ints<0, 1, 2, 3, 4, 5, 6, 7>, Ints<0, 1, 2, 3>>::type block;
+  for (int i = 0; i < whole; i += W)
+    for (int j = 0; j < across; j += W) turn_block(out + i * width + j, width, x + j * step + i, step, block());
+#endif
+  for (int i = 0; i < rows; i++)
+    for (int j = i < whole ? across : 0; j < columns; j++) out[i * width + j] = x[j * step + i];
+}
+
 // An axis of a matrix whose elements are views of memory: element (i, j, k) of sizes N0, N1, N2 lies at i S0 + j S1 + k S2.
 template <int N0, int64_t S0, int N1, int64_t S1, int N2, int64_t S2> struct Axis {
   static constexpr int outer = N0 * N1, inner = N2, size = outer * inner;
@@ -264,12 +305,13 @@ static __attribute__((noinline, noclone)) void large_tile(T* __restrict c, int64
 }
 // V vectors of columns of c = a b, in blocks of terms; a block of b that many rows read is first put in order.
 // `after` follows each group of rows that is done, if this is the last panel.
-template <class T, int W, int V, int N, class M, class K, int64_t BR, class F>
+template <class T, int W, int V, int N, class M, class K, int64_t BR, int64_t BC, class F>
 static inline __attribute__((always_inline)) void panel(T* c, const T* a, const T* b, int first, bool last, F after) {
   constexpr int most = at_least(1, at_most(12, SUMS / V)), groups = (M::inner + most - 1) / most;
   constexpr int R = (M::inner + groups - 1) / groups, rest = M::inner % R, start = M::inner - rest;
   constexpr int step = at_most(K::outer, at_least(1, TERMS / K::inner)), terms = step * K::inner;
   constexpr bool packed = M::size >= 32 && BR != V * W && terms * V * W * sizeof(T) <= 65536;
+  static_assert(packed || BC == 1, "b is read in order");
   constexpr int64_t stride = packed ? V * W : BR;
   constexpr bool large = M::size >= 32 && terms >= 16 && (packed || (BR == V * W && N == BR));
   alignas(64) T block[packed ? terms * V * W : 1];
@@ -280,9 +322,12 @@ static inline __attribute__((always_inline)) void panel(T* c, const T* a, const 
     const int to = at_most(from + step, K::outer);
     const T* right = b + int64_t(from) * K::inner * BR;
     if constexpr (packed) {
-      for (int k = 0; k < (to - from) * K::inner; k++)
-        for (int v = 0; v < V; v++)
-          memcpy(block + (k * V + v) * W, right + k * BR + column[v], W * sizeof(T));
+      const int count = (to - from) * K::inner;
+      if constexpr (BC == 1)
+        for (int k = 0; k < count; k++)
+          for (int v = 0; v < V; v++) memcpy(block + (k * V + v) * W, right + k * BR + column[v], W * sizeof(T));
+      else
+        for (int v = 0; v < V; v++) turn_into(block + v * W, V * W, count, W, right + column[v] * BC, BC);
       right = block;
     }
     if constexpr (large)
@@ -306,15 +351,15 @@ static inline __attribute__((always_inline)) void panel(T* c, const T* a, const 
 struct Nothing {
   void operator()(int64_t, int64_t) const {}
 };
-// c[M, N] = a b, where a's rows are the axis M and its columns the axis K, and b[k, j] = b[k * BR + j]. `after(begin, end)` is
-// called when these rows are done.
-template <class T, int N, int64_t BR, class M, class K, class F = Nothing>
+// c[M, N] = a b: the rows of a are the axis M, its columns the axis K, b[k, j] = b[k * BR + j * BC]; where BC is not 1, BR
+// is, and blocks of b are turned when they are put in order. `after(begin, end)` is called when these rows are done.
+template <class T, int N, int64_t BR, class M, class K, int64_t BC = 1, class F = Nothing>
 static __attribute__((noinline)) void mm(T* c, const T* a, const T* b, F after = F()) {
   constexpr int W = width<T>(N), vectors = (N + W - 1) / W, rows = M::inner;
-  constexpr int most = at_most(8, SUMS / at_most(rows, 4));
+  constexpr int most = at_most(8, SUMS / at_most(rows, 6));
   constexpr int groups = (vectors + most - 1) / most, V = (vectors + groups - 1) / groups, rest = vectors % V;
-  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR>(c, a, b, v, v + V == vectors, after);
-  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR>(c, a, b, vectors - rest, true, after);
+  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR, BC>(c, a, b, v, v + V == vectors, after);
+  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR, BC>(c, a, b, vectors - rest, true, after);
 }
 // The sum of a vector's lanes and of the products of the K elements behind those in it: halves are added until one is left,
 // each with half as many of the rest.
@@ -399,46 +444,6 @@ static void max_pool(T* __restrict out, int64_t* __restrict places, const T* __r
           }
         *out++ = most, *places++ = at;
       }
-}
-
-// out[rows, columns] from x[columns, rows], whose rows are `step` apart; whole blocks of vectors in registers.
-#if defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
-#define BLOCKS 1
-#else
-#define BLOCKS 0
-#endif
-template <int... i> struct Ints {};
-// In each pair of vectors that are HALF apart, the halves of HALF lanes that are not in their place swapped.
-template <int HALF, class I, class V, int... i>
-static inline __attribute__((always_inline)) void swap_halves(V* a, Ints<i...>) {
-  constexpr int W = sizeof...(i);
-  typedef I mask __attribute__((vector_size(W * sizeof(I))));
-  constexpr mask low = {I(i & HALF ? i - HALF + W : i)...}, high = {I(i & HALF ? i + W : i + HALF)...};
-  const V b[W] = {(i & HALF ? __builtin_shuffle(a[i - (i & HALF)], a[i], high) : __builtin_shuffle(a[i], a[i | HALF], low))...};
-  ((a[i] = b[i]), ...);
-}
-template <class T, int... i>
-static inline __attribute__((always_inline)) void turn_block(T* out, int64_t columns, const T* x, int64_t step, Ints<i...> all) {
-  constexpr int W = sizeof...(i);
-  typedef typename Lanes<T, W>::vec vec;
-  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type I;
-  vec a[W] = {load<vec>(x + i * step)...};
-  if constexpr (W == 8) swap_halves<4, I>(a, all);
-  swap_halves<2, I>(a, all);
-  swap_halves<1, I>(a, all);
-  (memcpy(out + i * columns, &a[i], sizeof(vec)), ...);
-}
-template <class T>
-static __attribute__((noinline, noclone)) void turn(T* __restrict out, int rows, int columns, const T* __restrict x, int64_t step) {
-  constexpr int W = 32 / sizeof(T);
-  const int whole = BLOCKS ? rows / W * W : 0, across = BLOCKS ? columns / W * W : 0;
-#if BLOCKS
-  typedef typename std::conditional<sizeof(T) == 4, Ints<0, 1, 2, 3, 4, 5, 6, 7>, Ints<0, 1, 2, 3>>::type block;
-  for (int i = 0; i < whole; i += W)
-    for (int j = 0; j < across; j += W) turn_block(out + int64_t(i) * columns + j, columns, x + j * step + i, step, block());
-#endif
-  for (int i = 0; i < rows; i++)
-    for (int j = i < whole ? across : 0; j < columns; j++) out[int64_t(i) * columns + j] = x[j * step + i];
 }
 
 // ---- sums over the tasks: each block of tasks in order, then the blocks in order ----

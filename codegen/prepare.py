@@ -97,6 +97,7 @@ def _may_raise(k: Kernel) -> str | None:
 MAX_SPLITS = 16
 MAX_FACTORS = 3  # of an axis of the left factor of a product, in the prelude
 LANES = 8
+TURNED = 32  # rows, columns and terms of a product from which blocks of a transposed right factor are turned one by one
 
 # turned(x, shape): a copy of transposed matrices in their own order, in this shape.
 turned = Op("turned")
@@ -271,7 +272,8 @@ def dense(node: Node) -> bool:
 
 
 def form(x: Node, y: Node) -> str | None:
-    """How a product is computed: "mm" or "dots", of the transposed ones if it has one column, "windows"; None: it is not."""
+    """How a product is computed: "mm" (the right factor in order, or turned on the way if many rows read it) or "dots", of the
+    transposed ones if it has one column, "windows"; None: it is not."""
     a, b = strides(x), strides(y)
     if a is None or b is None:
         return _windowed(x, y)
@@ -280,6 +282,8 @@ def form(x: Node, y: Node) -> str | None:
     if columns == 1:  # (y' x')'
         rows, columns, a_k, b_k, b_column = 1, rows, b_k, a_k, a_row
     if columns == 1 or b_column == 1:
+        return "mm"
+    if b_k == 1 and min(rows, columns, x.meta["val"].shape[-1]) >= TURNED:
         return "mm"
     return "dots" if b_k == 1 and a_k == 1 and rows <= 2 else None
 

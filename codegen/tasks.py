@@ -257,7 +257,8 @@ class _Body:
         left, right = f"{self.places[a]} + {a_at}", f"{self.places[b]} + {b_at}"
         left_step = a_batch[0][0][1] if a_batch else 0
         right_step = b_batch[0] if b_batch else 0
-        kind = f"mm<{t}, {columns}, {b_k}, {_axis(a_row, True)}, {_axis(a_k, False)}>"
+        turned_b = f", {b_column}" if b_column != 1 and columns > 1 else ""
+        kind = f"mm<{t}, {columns}, {b_k}, {_axis(a_row, True)}, {_axis(a_k, False)}{turned_b}>"
         if form(*n.args) == "dots":
             kind = f"dots<{t}, {rows}, {columns}, {numel(s for s, _ in a_k)}, {a_row[0][1]}, {b_column}>"
         if n.target is aten.bmm.default:
@@ -275,7 +276,7 @@ class _Body:
         for count, size in zip(counts, batch, strict=True):
             self.emit(f"for (int64_t i = 0; i < {count}; i++)")
             out, source = f"  {out} + i * {rows * columns}", f"{source} + i * {size}"
-        self.emit(f"turn<{TYPES[n.meta['val'].dtype]}>({out}, {rows}, {columns}, {source}, {step});")
+        self.emit(f"turn_into({out}, {columns}, {rows}, {columns}, {source}, {step});")
 
     def _move(self, n: Node) -> None:
         call = MOVES[n.target](*n.args, **n.kwargs)

@@ -32,7 +32,7 @@ from .entry import no_collection
 from .jit import Capture, Compiled
 from .signature import TENSOR, Signature
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _MAC, _GRAPH, _NATIVE = "manifest.json", "manifest.hmac", "graph.json", "native.json"
 _SOURCE = "source.json"
 _LARGEST_MANIFEST = 64 << 20
@@ -265,7 +265,7 @@ def load(
         if trust:
             program = _native(members, graph, literals, target)
         elif backend in (None, "eager"):
-            program = backends.eager_program(graph, target)
+            program = backends.eager_program(graph, "cpu" if backends.is_cpu(target) else target)
         else:
             program = None
     except (*_MALFORMED, errors.FxfuncError) as e:
@@ -323,7 +323,7 @@ def _folder(members: dict[str, bytes], folder: str) -> dict[str, bytes]:
 
 def _check_cpu(path: str, manifest: dict) -> None:
     """Objects run only where the CPU has what they were compiled to use."""
-    if missing := cxx.missing(manifest.get("cpu") or ()):
+    if missing := cxx.missing(manifest["cpu"] or ()):
         raise errors.ArtifactError(
             path=path,
             what=f"its programs use {', '.join(missing)}, which this CPU has not",

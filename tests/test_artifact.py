@@ -404,7 +404,15 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("a.txt", "hello")
     refused(tmp_path / "zip", "without a manifest")
-    for text in ("[]", "{}", "null", "{", '{"format": 1}', "[" * 100_000, '{"format": true}'):
+    for text in (
+        "[]",
+        "{}",
+        "null",
+        "{",
+        json.dumps({"format": artifact.FORMAT}),
+        "[" * 100_000,
+        '{"format": true}',
+    ):
         with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
             archive.writestr("manifest.json", text)
         refused(tmp_path / "zip")

@@ -422,6 +422,8 @@ def test_what_is_compiled_for_more_than_this_cpu_has_says_so(mapped, tmp_path, m
         compiled(xs)
     with pytest.raises(errors.ArtifactError, match="avx1024"):
         fxfunc.load(tmp_path / "f.zip", trust=True)
+    anywhere = fxfunc.load(tmp_path / "f.zip", backend="eager")
+    assert anywhere.target == "cpu" and anywhere(xs).shape == xs.shape
 
 
 def test_an_object_that_cannot_be_opened_is_named(mapped, tmp_path):
