@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import fxfunc
 from fxfunc import custom, guards
-from fxfunc.codegen import cxx, prelude, tasks
+from fxfunc.codegen import cxx, native, prelude, tasks
 from fxfunc.passes import (
     batch,
     functionalize,
@@ -504,7 +504,7 @@ def foreign_tracers_do_not_see_the_run(patch):
 
 @naive(29, "a_forked_child_runs_with_one_thread", "test_cpp")
 def a_forked_child_has_the_threads_of_its_parent(patch):
-    patch.setattr(tasks, "_threads", torch.get_num_threads)
+    patch.setattr(native, "_threads", torch.get_num_threads)
 
 
 @naive(30, "a_bare_import_is_refused")

@@ -30,7 +30,7 @@ from kernel_cases import (
 
 import fxfunc
 from fxfunc.bench import registry
-from fxfunc.codegen import cost, cpp, cxx, tasks
+from fxfunc.codegen import cost, cpp, cxx, native
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import ELEMENTWISE
 from fxfunc.passes.errors import BackendError
@@ -350,7 +350,7 @@ def test_outputs_are_inputs_views_and_the_same_value_twice():
 
 
 def _child(call, args, results):
-    results.put(tasks._threads())
+    results.put(native._threads())
     results.put([x.tolist() for x in call(*args)])
 
 
@@ -361,7 +361,7 @@ def test_semantics_29_a_forked_child_runs_with_one_thread(loops):
     context = multiprocessing.get_context("fork")
     results, before = context.Queue(), torch.get_num_threads()
     torch.set_num_threads(2)
-    if not tasks._forked:
+    if not native._forked:
         call(*args)  # now there are threads that a fork leaves behind
     child = context.Process(target=_child, args=(call, args, results), daemon=True)
     try:
