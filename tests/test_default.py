@@ -235,9 +235,9 @@ def gate(monkeypatch):
     """Compiling waits until it is set; after `built`, which so counts what has passed."""
     opened, load = threading.Event(), cxx.load
 
-    def gated(source):
+    def gated(source, target):
         assert opened.wait(60)
-        return load(source)
+        return load(source, target)
 
     monkeypatch.setattr(cxx, "load", gated)
     yield opened
