@@ -286,7 +286,7 @@ def test_many_threads_call_while_it_compiles(built):
 
 
 def test_a_failure_in_the_background_is_said_once(monkeypatch):
-    def fail(source):
+    def fail(source, target):
         raise errors.BackendError(backend="cpp", what="no luck", instead="Try again.")
 
     monkeypatch.setattr(cxx, "load", fail)
@@ -302,7 +302,7 @@ def test_a_failure_in_the_background_is_said_once(monkeypatch):
 
 
 def test_without_the_background_a_failure_is_raised(monkeypatch):
-    def fail(source):
+    def fail(source, target):
         raise errors.BackendError(backend="cpp", what="no luck", instead="Try again.")
 
     with monkeypatch.context() as patch:
