@@ -226,7 +226,7 @@ EPILOGUES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_a_kernel_that_follows_the_rows_of_a_product_gives_the_same_bits(name, dtype):
     f, count = EPILOGUES[name]

@@ -375,7 +375,9 @@ def test_a_stored_program_is_compiled_again_from_its_loops(mapped, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["cpu", "cpu:x86-64-v3"])
-@pytest.mark.parametrize("allowed", [{"trust": True}, {"key": b"secret"}])
+@pytest.mark.parametrize(
+    "allowed", [{"trust": True}, pytest.param({"key": b"secret"}, marks=pytest.mark.slow)]
+)
 def test_a_trusted_program_runs_as_it_was_compiled(target, allowed, mapped, tmp_path, monkeypatch):
     if cxx.missing(cxx.features(target)):
         pytest.skip(f"this machine is no {target}")
