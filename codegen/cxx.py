@@ -83,6 +83,10 @@ def _cpu() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
+def _features() -> list[str]:
+    return _cpu().partition(":")[2].split()
+
+
 @functools.cache
 def vectorised() -> frozenset[str]:
     """The names in C of the functions that this machine's libmvec has for AVX2; none without either."""
@@ -90,7 +94,7 @@ def vectorised() -> frozenset[str]:
         library = ctypes.CDLL("libmvec.so.1")
     except OSError:
         return frozenset()
-    if "avx2" not in _cpu().split():
+    if "avx2" not in _features():
         return frozenset()
     names = [(f"{name}{f}", _mangled(name, f)) for name in VECTORS for f in ("", "f")]
     return frozenset(name for name, symbol in names if hasattr(library, symbol))
@@ -105,13 +109,13 @@ def features(target: str) -> list[str]:
     """What objects for a target use of a CPU."""
     if target in LEVELS:
         return LEVELS[target]
-    names = _cpu().partition(":")[2].split()
+    names = _features()
     return sorted(names if platform.machine() != "x86_64" else filter(_USED.fullmatch, names))
 
 
 def missing(needed: Iterable[str]) -> list[str]:
     """What of these this machine's CPU has not."""
-    return sorted(set(needed) - set(_cpu().partition(":")[2].split()))
+    return sorted(set(needed) - set(_features()))
 
 
 def load(source: str, target: str = "cpu") -> ctypes.CDLL:
