@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,9 +27,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int, imports_s: dict[str, float]) -> None:
-    """Answers questions until the other end of the connection is closed; never returns."""
+    """Answers questions until the other end of the connection is closed; never returns.
+
+    It does so in a new thread: that which forked has no pool of threads for OpenMP.
+    """
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    thread = threading.Thread(target=_serve, args=(descriptor, imports_s))
+    thread.start()
+    thread.join()
+
+
+def _serve(descriptor: int, imports_s: dict[str, float]) -> None:
     connection = Connection(descriptor)
     session = Session(imports_s)
     try:

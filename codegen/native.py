@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -101,20 +102,20 @@ def _entry(library: ctypes.CDLL) -> Callable:
     return entry
 
 
-_forked = False
+_left: int | None = None  # the thread that a fork made this process of; its pool of threads was left behind
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _left
+    _left = threading.get_ident()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 def _threads() -> int:
-    """How many threads a program uses: in a forked child one, since the pool of libgomp does not survive a fork."""
-    return 1 if _forked else torch.get_num_threads()
+    """How many threads a program uses: one where a fork has left those of libgomp's pool behind; other threads have pools of their own."""
+    return 1 if threading.get_ident() == _left else torch.get_num_threads()
 
 
 def _vals(program: Native, *operands: Val) -> tuple[Val, ...]:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -350,24 +351,30 @@ def test_outputs_are_inputs_views_and_the_same_value_twice():
 
 
 def _child(call, args, results):
-    results.put(native._threads())
-    results.put([x.tolist() for x in call(*args)])
+    def answer():
+        results.put((native._threads(), [x.tolist() for x in call(*args)]))
+
+    answer()
+    thread = threading.Thread(target=lambda: (torch.set_num_threads(2), answer()))
+    thread.start()
+    thread.join()
 
 
 def test_semantics_29_a_forked_child_runs_with_one_thread(loops):
-    """With two it would wait forever for a thread that was not forked."""
+    """With two it would wait forever for a thread that was not forked. A thread that it starts has threads of its own."""
     args = data(24)
     call = on_cpp(derivatives(fxfunc)["grad(vmap)"], *args)
     context = multiprocessing.get_context("fork")
     results, before = context.Queue(), torch.get_num_threads()
     torch.set_num_threads(2)
-    if not native._forked:
+    if native._left is None:
         call(*args)  # now there are threads that a fork leaves behind
     child = context.Process(target=_child, args=(call, args, results), daemon=True)
     try:
         child.start()
-        assert results.get(timeout=60) == 1
-        assert results.get(timeout=60) == [x.tolist() for x in call(*args)]
+        answer = [x.tolist() for x in call(*args)]
+        assert results.get(timeout=60) == (1, answer)
+        assert results.get(timeout=60) == (2, answer)
     finally:
         child.kill()
         torch.set_num_threads(before)
