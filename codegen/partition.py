@@ -39,6 +39,7 @@ from fxfunc.passes.orient import orient
 from fxfunc.passes.pipeline import for_aten, inside, simplify
 from fxfunc.passes.record import Builder, Value
 from fxfunc.passes.simplify import SIMPLIFY
+from fxfunc.passes.unstack import unstacked
 
 from . import cost
 from .cost import bytes_of, named
@@ -83,7 +84,7 @@ def build(graph: Graph) -> Built:
     if names := sorted({x for v in graph.in_vals for s in v.shape if isinstance(s, Dim) for x in s.names()}):
         return Built(graph, [], [f"all of it runs in ATen: symbolic sizes ({', '.join(names)})"], [])
     notes: list[str] = []
-    graph = _opened(merge_maps(dce(draws_first(graph))), notes)
+    graph = _opened(merge_maps(unstacked(merge_maps(dce(draws_first(graph))))), notes)
     graph = saw("tasks", dce(_folded(graph)))
     return _Partition(graph, notes).built()
 

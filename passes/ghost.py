@@ -14,8 +14,9 @@ import torch
 from torch.fx import Node
 
 from .dims import Dim, Size, numel
-from .graph import Graph, Val
+from .graph import Graph, Val, getitem, map_
 from .record import Builder, Value, aten
+from .regions import emit_map
 from .simplify import SIMPLIFY
 
 # Squares of products of two such numbers neither overflow nor vanish in float64, whose errors are below theirs.
@@ -28,10 +29,7 @@ Env = dict[Node, object]
 
 def ghost(graph: Graph) -> Graph:
     """The graph without the stacks of per-sample products that are only reduced, where that saves work."""
-    steps: dict[Node, Step] = {}
-    for n in graph.nodes:
-        if n not in steps and (stack := _stack(n)) is not None:
-            steps |= _plan(stack, graph) or {}
+    steps = reduced(graph)
     if not steps:
         return graph
     b = Builder(SIMPLIFY)
@@ -43,6 +41,15 @@ def ghost(graph: Graph) -> Graph:
             with b.at(n, "ghost"):
                 env[n] = step.emit(n, step, env)
     return b.finish([None if n is None else env[n] for n in graph.outputs])
+
+
+def reduced(graph: Graph) -> dict[Node, Step]:
+    """Those stacks and what reads them, with what becomes of each."""
+    steps: dict[Node, Step] = {}
+    for n in graph.nodes:
+        if n not in steps and (stack := _stack(n)) is not None:
+            steps |= _plan(stack) or {}
+    return steps
 
 
 # ----- stacks ---------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ class Reduction:
 Step = Part | Reduction
 
 
-def _plan(stack: Stack, graph: Graph) -> dict[Node, Step] | None:
+def _plan(stack: Stack) -> dict[Node, Step] | None:
     """What becomes of the stack and all that reads it; None if something needs it, or if making it is cheaper."""
     steps: dict[Node, Step] = {stack.node: Part(stack, stack.axis)}
     pending = [stack.node]
@@ -313,11 +320,28 @@ def _norms(n: Node, reduction: Reduction, env: Env) -> Value:
 
 def _squares(n: Node, part: Part, env: Env) -> Value:
     """The sums of squares in float64, in the shape of the call that asks for them."""
-    x, d = (v.to(torch.float64) for v in part.stack.factors(env))
-    x = _scaled(x, part, env)
-    out = _rank_one(x, d) if _is_one(part.stack.rank) else _gram(x, d)
+    x, d = part.stack.factors(env)
+    if _is_one(part.stack.rank):
+        out = _rank_one(_scaled(x.to(torch.float64), part, env), d.to(torch.float64))
+    elif _of_a_map(x) and _of_a_map(d) and not any(isinstance(by, Node) for _, by in part.scales):
+        out = _in_tasks(lambda x, d: _gram(_scaled(x, part, env), d), x, d)
+    else:
+        out = _gram(_scaled(x.to(torch.float64), part, env), d.to(torch.float64))
     shape = _val(n).shape
     return (out if numel(shape) == part.stack.count else out.sum([0])).reshape(list(shape))
+
+
+def _of_a_map(x: Value) -> bool:
+    return x.node.target is getitem and x.node.args[0].target is map_
+
+
+def _in_tasks(f: Callable[[Value, Value], Value], *operands: Value) -> Value:
+    """`f` of one sample after another as a map, which can be one with the map that has made them."""
+    inner = Builder(SIMPLIFY)
+    inputs = [inner.input(Val(x.shape[1:], x.dtype, x.device)) for x in operands]
+    out = f(*(x.to(torch.float64).reshape([1, *x.shape]) for x in inputs)).reshape([])
+    mapped, count = [True] * len(operands), operands[0].shape[0]
+    return emit_map(operands[0].builder, inner.finish([out]), operands, mapped, ["stack"], count)[0]
 
 
 def _rank_one(x: Value, d: Value) -> Value:
