@@ -271,12 +271,13 @@ class _Partition:
         """The new graph."""
         for n in self.graph.inputs:
             self._copy(n)
-        for n in self.graph.nodes:
-            if is_free(n) or n.target is getitem:
+        refusals = {n: self._refusal(n) for n in self.graph.nodes if not _is_part(n)}
+        for n in _in_phases(self.graph, refusals):
+            if _is_part(n):
                 if any(x in self.waits for x in n.all_input_nodes):
                     self.waits.add(n)
                 continue  # copied where it is read
-            if (why := self._refusal(n)) is None:
+            if (why := refusals[n]) is None:
                 self.pending.append(n)
                 self.waits.add(n)
                 continue
@@ -353,6 +354,34 @@ class _Partition:
         new = self.env[n] = self.fx.create_node(n.op, n.target, args, kwargs, n.name)
         new.meta.update(n.meta)
         return new
+
+
+def _is_part(n: Node) -> bool:
+    """True for what takes no call: views, and results of a call that has several."""
+    return is_free(n) or n.target is getitem
+
+
+def _in_phases(graph: Graph, refusals: dict[Node, str | None]) -> list[Node]:
+    """The calls in an order with the fewest programs: in each phase first all that can be C++, then what ATen does.
+
+    Random calls stay in order.
+    """
+    native_at: dict[Node, int] = dict.fromkeys(graph.inputs, 0)  # the phase from which a call in C++ can read it
+    aten_at, drawn = dict(native_at), None
+    key: dict[Node, tuple[int, bool]] = {}
+    for n in graph.nodes:
+        given = [*n.all_input_nodes, *([drawn] if drawn and is_random(n) else [])]
+        native_at[n], aten_at[n] = (max((at[x] for x in given), default=0) for at in (native_at, aten_at))
+        key[n] = (native_at[n], False)
+        if _is_part(n) or n.target is constant:
+            key[n] = (aten_at[n], native_at[n] > aten_at[n])
+        elif refusals[n] is None:
+            aten_at[n] = native_at[n]
+        else:
+            key[n] = (aten_at[n], True)
+            native_at[n] = aten_at[n] + 1
+        drawn = n if is_random(n) else drawn
+    return sorted(graph.nodes, key=key.__getitem__)
 
 
 def _results(n: Node) -> list[Node]:

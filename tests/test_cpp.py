@@ -256,6 +256,33 @@ def test_workloads_equal_their_float64_reference(name):
     assert_close(w.around(call)(*inputs), w.exact()(*inputs), 1e-10)
 
 
+def test_calls_that_do_not_need_atens_are_in_the_program_before_them():
+    def f(x):
+        y, z = (x.sin() * 2) @ x, (x.cos() + 1) @ x
+        return (y.exp() - y).sum(), (z.exp() * z).sum()
+
+    x = torch.randn(40, 40, dtype=F64)
+    with cost.forced(products="aten"):
+        call = on_cpp(f, x)
+    assert len(call.programs) == 2
+    assert_close(call(x), f(x), 1e-12)
+
+
+def test_random_calls_keep_their_order_whatever_waits_for_a_program():
+    def f(x):
+        y = torch.bernoulli(((x @ x).sin() * 2).sigmoid())
+        return y, torch.rand(40, dtype=F64) + x.cos() * 2, torch.randn(40, dtype=F64)
+
+    x = torch.randn(40, 40, dtype=F64)
+    with cost.forced(products="aten"):
+        call = on_cpp(f, x)
+    assert call.programs
+    torch.manual_seed(0)
+    ours = call(x)
+    torch.manual_seed(0)
+    assert_close(ours, f(x), 1e-12)
+
+
 def net(params, x):
     w, v = params
     return torch.tanh(x @ w).relu() @ v

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 import fxfunc
 from fxfunc.bench import registry
 from fxfunc.bench.workloads.dpsgd import clipped
+from fxfunc.codegen import cost, partition
 from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Graph, subgraphs
 from fxfunc.passes.pipeline import lowered
@@ -113,6 +114,60 @@ def test_a_stack_stays_where_norms_of_its_factors_are_no_better(rank, dtype):
     args = factors(rank, dtype)
     norms, total = (lambda x, d, c, name=n: REDUCTIONS[name](stack(x, d), c) for n in ("squares", "einsum"))
     assert largest(norms, *args) >= SAMPLES * IN * OUT > largest(total, *args)
+
+
+# ----- loops over samples -----------------------------------------------------------------------------------------
+
+
+def looped(f, *args) -> tuple[int, bool, list[torch.Tensor]]:
+    """The most elements that a program gives or keeps aside, whether samples are tasks of a loop in one, and the answer."""
+    with cost.forced(maps="loops"):
+        lowered = fxfunc.jit(f).lower(*args)
+        built = partition.build(lowered.graph)
+        answer = lowered.compile(backend="cpp")(*args)
+    return (
+        max(_largest(built.graph), *(p.bytes // 4 for p in built.programs)),
+        any("loop over" in p.describe() for p in built.programs),
+        torch.utils._pytree.tree_leaves(answer),
+    )
+
+
+def stacks(x, d, turned):
+    one = lambda x, d: d.sin().mT @ x.tanh() if turned else x.tanh().mT @ d.sin()
+    return fxfunc.vmap(one)(x, d)
+
+
+def map_sums(f, *args):
+    return [r.sum(0) for r in fxfunc.vmap(f)(*args)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_loop_makes_no_stack_that_is_only_reduced(name, turned):
+    f = lambda x, d, c: REDUCTIONS[name](stacks(x, d, turned), c)
+    args = factors(3)
+    size, is_loop, (answer,) = looped(f, *args)
+    assert is_loop and size < SAMPLES * IN * OUT
+    theirs, exact = f(*args), f(*(a.double() for a in args))
+    assert answer.shape == theirs.shape and answer.dtype == theirs.dtype
+    assert error(answer, exact) <= max(1.5 * error(theirs, exact), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "f, rank",
+    [
+        (lambda x, d, c: (g := stacks(x, d, False), (g * g).sum((1, 2))), 3),
+        (lambda x, d, c: map_sums(lambda x, d: (g := x.mT @ d, g.sin().sum()), x, d), 3),
+        (lambda x, d, c: stacks(x, d, False).square().sum((1, 2)), 20),
+    ],
+    ids=["read as a whole", "read in the loop", "cheaper than norms of its factors"],
+)
+def test_a_loop_makes_a_stack_that_is_needed_or_cheaper(f, rank):
+    args = factors(rank)
+    size, is_loop, answer = looped(f, *args)
+    assert is_loop and size >= SAMPLES * IN * OUT
+    exact = torch.utils._pytree.tree_leaves(f(*(a.double() for a in args)))
+    assert all(error(x, y) < 1e-5 for x, y in zip(answer, exact, strict=True))
 
 
 # ----- numbers --------------------------------------------------------------------------------------------------------
