@@ -114,7 +114,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _threads() -> int:
-    """How many threads a program uses: one where a fork has left those of libgomp's pool behind; other threads have pools of their own."""
+    """How many threads a program uses: one where a fork has left those of libgomp behind. A thread started since has its own."""
     return 1 if threading.get_ident() == _left else torch.get_num_threads()
 
 

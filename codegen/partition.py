@@ -366,8 +366,9 @@ def _in_phases(graph: Graph, refusals: dict[Node, str | None]) -> list[Node]:
 
     Random calls stay in order.
     """
-    native_at: dict[Node, int] = dict.fromkeys(graph.inputs, 0)  # the phase from which a call in C++ can read it
-    aten_at, drawn = dict(native_at), None
+    native_at = dict.fromkeys(graph.inputs, 0)  # the phase from which a call in C++ can read it
+    aten_at = dict(native_at)
+    drawn: Node | None = None
     key: dict[Node, tuple[int, bool]] = {}
     for n in graph.nodes:
         given = [*n.all_input_nodes, *([drawn] if drawn and is_random(n) else [])]

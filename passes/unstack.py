@@ -1,7 +1,7 @@
 """Per-sample products that a map stacks only to have them reduced, made outside of it. Entry point: `unstacked`.
 
-Loops over samples hide from `ghost` what it looks for: the product is in the body, its reductions are after the loop. Here the body
-gives the factors in its place, and the product of the stacked factors is what `ghost` finds and removes.
+Loops over samples hide from `ghost` what it looks for: the product is in the body, its reductions are after the loop. Here the
+body gives the factors in its place, and the product of the stacked factors is what `ghost` finds and removes.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def _emit(
     given = [env[x] for x in operands]
     values = emit_map(b, inner, given, n.kwargs["mapped"], outs, n.kwargs["length"], n.kwargs["randomness"])
     results = dict(zip(rest, values[: len(rest)], strict=True))
-    stacked = [
-        v.mT if turned else v for v, (_, turned) in zip(values[len(rest) :], factors, strict=True)
-    ]
+    stacked = [v.mT if turned else v for v, (_, turned) in zip(values[len(rest) :], factors, strict=True)]
     for p, left, right in zip(products, stacked[::2], stacked[1::2], strict=True):
         product = left.call(aten.bmm.default, right)
         stacks[p] = product.node
