@@ -126,6 +126,8 @@ def prepare(graph: Graph) -> Graph:
         x, y = args
         if x.shape[-1] == 1:
             return b.emit(aten.mul.Tensor, (x, y))
+        if _is_by_columns(x.node, y.node):
+            return b.emit(op, (y.mT, x.mT)).mT
         ways = ((x, y), (x, copy(y)), (copy(x), y), (copy(x), copy(y)))
         return b.emit(op, next((v, w) for v, w in ways if form(v.node, w.node)))
 
@@ -286,6 +288,17 @@ def form(x: Node, y: Node) -> str | None:
     if b_k == 1 and min(rows, columns, x.meta["val"].shape[-1]) >= TURNED:
         return "mm"
     return "dots" if b_k == 1 and a_k == 1 and rows <= 2 else None
+
+
+def _is_by_columns(x: Node, y: Node) -> bool:
+    """True for x y that is better (y' x')': turning x and the result is less than turning y."""
+    a, b = strides(x), strides(y)
+    if a is None or b is None or form(x, y) != "mm":
+        return False
+    rows, terms = x.meta["val"].shape[-2:]
+    columns = y.meta["val"].shape[-1]
+    is_transposed = b[2][-1] != 1 and b[2][-2] == 1 and a[2][-1] == 1
+    return is_transposed and TURNED <= rows and 2 * rows <= columns and 4 * rows <= terms
 
 
 def _windowed(x: Node, y: Node) -> str | None:

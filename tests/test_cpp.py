@@ -125,6 +125,7 @@ SIZES = [
     (13, 66, 33),
     (33, 50, 600),  # several blocks of terms, columns that overlap, rows that are worth a copy of the columns
     (40, 130, 300),
+    (32, 70, 130),
 ]
 
 
@@ -141,6 +142,13 @@ def test_products_of_every_layout_equal_eager(size, dtype):
 
     tol = (1e-12 if dtype == F64 else 2e-5) * max(1, k / 100)
     assert_close(on_cpp(f, a, b, at, bt)(a, b, at, bt), f(a, b, at, bt), tol)
+
+
+@pytest.mark.parametrize("shape, columns", [((32, 130), 32), ((30, 130), 70), ((32, 100), 70)])
+def test_the_smaller_factor_is_turned_where_either_can_be(shape, columns):
+    x, y = torch.randn(shape), torch.randn(70, shape[1])
+    (source,) = (p.source for p in on_cpp(lambda x, y: (x @ y.t()).relu(), x, y).programs)
+    assert f"mm<float, {columns}, 1," in source or f"mm<float, {columns}, {columns}" in source
 
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 40), (3, 5), (17, 9), (1, 7), (33, 16)], ids=str)
