@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 @dataclasses.dataclass
 class Program:
     """A compiled graph: `call` takes flat tensors and gives flat results. `native` is what the eager backend runs anywhere,
-    with `kernels` or `programs` in it, if there are any."""
+    with `kernels` or `programs` in it, if there are any. A graph that is a function is stored, and read when asked for."""
 
-    aten: Graph | None  # None: made when asked for
+    aten: Graph | Callable[[], Graph] | None  # None: made when asked for
     backend: str
     target: str
     call: Callable | None  # None: made for a device this machine has not
     native: Graph | None = None
     kernels: list[Binary] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
-    source: Graph | None = None  # what cpp was given: with the loops that its programs are made of
+    given: Graph | Callable[[], Graph] | None = None  # to cpp: with the loops that its programs are made of
     programs: list[Native] = dataclasses.field(default_factory=list)  # of the cpp backend
     notes: list[str] = dataclasses.field(default_factory=list)  # which maps are batched, and why
     outside: list[Row] = dataclasses.field(default_factory=list)  # calls that stay ATen's there
@@ -61,12 +61,21 @@ class Program:
         """What the eager backend runs anywhere. A C++ program needs it only if it is stored or looked at."""
         if self.aten is None:
             self.aten = for_aten(lowered(self.source))
+        elif not isinstance(self.aten, Graph):
+            self.aten = self.aten()
         return self.aten
+
+    @property
+    def source(self) -> Graph | None:
+        """What the cpp backend was given; None on others."""
+        if self.given is not None and not isinstance(self.given, Graph):
+            self.given = self.given()
+        return self.given
 
     @property
     def in_vals(self) -> tuple[Val, ...]:
         """What the inputs are."""
-        return tuple((self.source or self.aten).in_vals)
+        return tuple((self.native or self.source or self.graph).in_vals)
 
 
 # ---- which one ----
@@ -188,10 +197,14 @@ def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str
 
 
 def with_programs(
-    native: Graph, programs: list[Native], source: Graph, target: str, aten: Graph | None = None
+    native: Graph,
+    programs: list[Native],
+    source: Graph | Callable[[], Graph],
+    target: str,
+    aten: Callable[[], Graph] | None = None,
 ) -> Program:
     """A program of compiled C++ programs, which were made of `source`."""
-    program = Program(aten, "cpp", target, None, native, source=source, programs=programs)
+    program = Program(aten, "cpp", target, None, native, given=source, programs=programs)
     if _is_here(target):
         program.call = _unless_observed(eager.emit(native), lambda: eager.emit(program.graph))
     return program
@@ -228,7 +241,7 @@ def _cpp(built: Built, graph: Graph, target: str) -> Program:
     if built.programs:
         program = with_programs(built.graph, built.programs, graph, target)
     else:
-        program = Program(None, "cpp", target, None, source=graph)
+        program = Program(None, "cpp", target, None, given=graph)
         program.call = eager.emit(program.graph)
     program.notes, program.outside = built.notes, built.outside
     return program

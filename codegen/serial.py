@@ -315,6 +315,7 @@ def _node(fx, names: set[str], kind: str, name: str, target, args, kwargs, val) 
     if _identifier(name) in names:
         raise SerialError(f"two values are named {name!r}")
     names.add(name)
-    node = fx.create_node(kind, target, args, kwargs, name)
+    node = fx.create_node(kind, target, name=name)  # without its walk over the arguments for SymInts
+    node.args, node.kwargs = args, kwargs
     node.meta["val"] = val
     return node

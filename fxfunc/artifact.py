@@ -11,8 +11,10 @@ before anything else is read. With a key, an HMAC-SHA256 over the manifest prove
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import hmac
 import importlib.metadata
@@ -26,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from fxfunc.codegen import backends, cxx, serial
 from fxfunc.passes import errors
+from fxfunc.passes.graph import Graph
 from fxfunc.passes.verify import verify
 
 from .entry import no_collection
@@ -248,32 +251,26 @@ def load(
         _check_cpu(path, manifest)
     elif backend is None and _SOURCE in members and backends.default("cpu") == "cpp":
         backend = "cpp"
-    try:
+    with _readable(path):
         constants = [
             _tensor(members[f"constants/{i}"], *spec) for i, spec in enumerate(manifest["constants"])
         ]
         literals, stored = constants[: manifest["literals"]], constants[manifest["literals"] :]
-        graph = serial.load(json.loads(members[_GRAPH]), literals)
         signature = _load_signature(manifest["signature"])
-        _check_counts(graph, signature, manifest["captures"], stored)
         target = manifest["target"]
         backends.check_target(manifest["backend"], target)
-        if backend == "cpp" and _SOURCE in members:
-            graph = serial.load(json.loads(members[_SOURCE]), literals)
+        read = functools.partial(_graph, path, members, literals)
+        program = _native(members, read, target) if trust else None
+        graph = (
+            program.native
+            if program
+            else read(_SOURCE if backend == "cpp" and _SOURCE in members else _GRAPH)
+        )
+        _check_counts(graph, signature, manifest["captures"], stored)
+        if backend == "cpp":
             verify(graph, "load")  # C++ trusts the shapes
-            _check_counts(graph, signature, manifest["captures"], stored)
-        if trust:
-            program = _native(members, graph, literals, target)
-        elif backend in (None, "eager"):
+        elif not trust and backend in (None, "eager"):
             program = backends.eager_program(graph, "cpu" if backends.is_cpu(target) else target)
-        else:
-            program = None
-    except (*_MALFORMED, errors.FxfuncError) as e:
-        raise errors.ArtifactError(
-            path=path,
-            what=str(e),
-            instead="It was written by another version or is damaged; compile it again.",
-        ) from e
     bound = _bound(path, manifest["captures"], stored, captures or {})
     if program is None:
         return _rebuilt(graph, backend, target, signature, bound)
@@ -281,6 +278,7 @@ def load(
 
 
 _MALFORMED = (
+    errors.FxfuncError,
     serial.SerialError,
     AssertionError,
     KeyError,
@@ -290,6 +288,26 @@ _MALFORMED = (
     TypeError,
     RuntimeError,
 )
+
+
+@contextlib.contextmanager
+def _readable(path: str):
+    try:
+        yield
+    except errors.ArtifactError:
+        raise
+    except _MALFORMED as e:
+        raise errors.ArtifactError(
+            path=path,
+            what=str(e),
+            instead="It was written by another version or is damaged; compile it again.",
+        ) from e
+
+
+def _graph(path: str, members, literals, name: str, programs=None) -> Graph:
+    """A stored graph; those of a trusted artifact that no call needs are read when somebody asks for them."""
+    with _readable(path):
+        return serial.load(json.loads(members[name]), literals, programs or {})
 
 
 def _check_counts(graph, signature, listed, stored) -> None:
@@ -302,19 +320,19 @@ def _check_counts(graph, signature, listed, stored) -> None:
         raise serial.SerialError("its graph does not fit its signature")
 
 
-def _native(members, graph, literals, target) -> backends.Program:
+def _native(members, read, target) -> backends.Program:
     """The program of stored kernels or objects: the only way by which code from a file runs."""
     from fxfunc.codegen import launch, native
     from fxfunc.codegen.fuse import kernels_of
 
     names = [m.split("/")[1] for m in members if m.startswith("programs/") and m.endswith("/program.so")]
     programs = {name: native.read(name, _folder(members, f"programs/{name}/")) for name in names}
-    whole = serial.load(json.loads(members[_NATIVE]), literals, programs)
+    whole = read(_NATIVE, programs)
     if programs:
-        source = serial.load(json.loads(members[_SOURCE]), literals)
-        return backends.with_programs(whole, list(programs.values()), source, target, graph)
+        source, aten = (functools.partial(read, name) for name in (_SOURCE, _GRAPH))
+        return backends.with_programs(whole, list(programs.values()), source, target, aten)
     kernels = [launch.read(k, _folder(members, f"kernels/{k.name}/")) for k in kernels_of(whole)]
-    return backends.with_kernels(graph, whole, kernels, target)
+    return backends.with_kernels(read(_GRAPH), whole, kernels, target)
 
 
 def _folder(members: dict[str, bytes], folder: str) -> dict[str, bytes]:

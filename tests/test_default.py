@@ -395,13 +395,25 @@ def test_a_trusted_program_runs_as_it_was_compiled(target, allowed, mapped, tmp_
         loaded = fxfunc.load(tmp_path / "f.zip", **allowed)
         assert (loaded.backend, loaded.target, loaded.loaded_as) == ("cpp", target, "native")
         assert [p.source for p in loaded.programs] == [p.source for p in compiled.programs]
-        assert len(loaded.programs) == 2
+        assert len(loaded.programs) == 2 and loaded.graph == compiled.graph
         for _ in range(3):
             assert all(map(torch.equal, loaded(xs, ys), compiled(xs, ys)))
         assert "a loop over 3 tasks" in loaded.explain()
         monkeypatch.delenv("CXX", raising=False)
         loaded.save(tmp_path / "f.zip", key=b"secret")
         monkeypatch.setenv("CXX", "/nowhere/g++")
+
+
+def test_a_graph_that_a_trusted_program_does_not_need_is_read_when_asked_for(mapped, tmp_path):
+    f, xs = mapped
+    compiled = fxfunc.jit(f).lower(xs).compile()
+    compiled.save(tmp_path / "f.zip")
+    rewrite(tmp_path / "f.zip", lambda members: members.update({"graph.json": b"{}"}))
+    loaded = fxfunc.load(tmp_path / "f.zip", trust=True)
+    assert torch.equal(loaded(xs), compiled(xs))
+    with pytest.raises(errors.ArtifactError, match="malformed graph"):
+        loaded.save(tmp_path / "again.zip")
+    assert not (tmp_path / "again.zip").exists()
 
 
 def test_a_trusted_program_needs_what_the_cpu_has(mapped, tmp_path, monkeypatch):
