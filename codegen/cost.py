@@ -178,9 +178,10 @@ def _large(n: Node, inside: bool) -> int:
 
 
 def has_epilogue(n: Node) -> bool:
-    """True for a product whose rows would have left the cache before a kernel reads them all."""
+    """True for a product whose rows would have left the cache before a kernel reads them all; one column is done as one row."""
     val = n.meta["val"]
-    return n.target is aten.mm.default and val.shape[0] >= GROUPS and bytes_of(val) >= limits().cached_bytes
+    has_groups = n.target is aten.mm.default and val.shape[0] >= GROUPS and val.shape[1] > 1
+    return has_groups and bytes_of(val) >= limits().cached_bytes
 
 
 def is_little(calls: Sequence[Node]) -> bool:

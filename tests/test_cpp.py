@@ -232,6 +232,8 @@ EPILOGUES = {
     "chain": (lambda x, y, r, c: ((x @ y).relu() @ y.t()[:, :33]).relu(), 2),
     "transposed": (lambda x, y, r, c: (x @ y).t().reshape(70, 20) + r, 0),
     "sum": (lambda x, y, r, c: (x @ y).exp().sum(0), 0),
+    "one column": (lambda x, y, r, c: (x @ y[:, :1]).relu() + r[0], 0),
+    "one column of many": (lambda x, y, r, c: (x @ x.t()[:, 7:8]).relu() + r[0], 0),
 }
 
 
@@ -250,6 +252,19 @@ def test_a_kernel_that_follows_the_rows_of_a_product_gives_the_same_bits(name, d
     for a, b in zip(*(pytree.tree_leaves(call(*args)) for call in (early, late)), strict=True):
         assert torch.equal(a, b)
     assert_close(early(*args), f(*args), 1e-4 if dtype is F32 else 1e-12)
+
+
+@pytest.mark.parametrize("name", ["maml25", "dpsgd-block[batch=4]", "lj[points=64]"])
+def test_all_kernels_that_can_follow_rows_leave_a_workload_as_it_is(name):
+    w = registry.find(name)
+    lowered = fxfunc.jit(w.function(fxfunc)).lower(*(inputs := w.inputs(**w.parameters)))
+    with cost.forced(epilogues="all"):
+        early = lowered.compile(backend="cpp")
+    with cost.forced(epilogues="none"):
+        late = lowered.compile(backend="cpp")
+    assert [p.source for p in early.programs] != [p.source for p in late.programs]
+    for a, b in zip(*(pytree.tree_leaves(call(*inputs)) for call in (early, late)), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- programs ----
