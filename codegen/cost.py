@@ -20,13 +20,16 @@ from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Graph, Val, getitem, map_, scan
 from fxfunc.passes.orient import reads_windows
 
-from .loops import Kernel
+from .cxx import VECTORS
+from .loops import Apply, Const, Instr, Iota, Kernel
 from .lower import base, is_free
 from .rows import PRODUCTS
 from .triton import tile_of
 
 aten = torch.ops.aten
 ANY, NEVER = 0, sys.maxsize
+FUNCTION, DIVISION = 32, 16  # in additions
+DIVISIONS = ("div", "rsqrt", "sqrt", "fmod", "rem", "floordiv", "truncdiv")
 GROUPS = 32  # rows of a product from which there are several groups of them
 
 
@@ -46,14 +49,17 @@ class Limits:
     few_rows: int = 16
     # Multiplications that cost as much as one with an element that is read from memory.
     streamed: int = 8
-    # Elements of a value of a task: a block of smaller examples makes up for the overhead of its calls ...
-    block_elements: int = 512
+    # Multiplications of a single task, which threads cannot share, from which it is batched.
+    lone_task: int = 2**24
+    # Elements of a value of a task: a block of examples with fewer makes up for the overhead of its calls by so many ...
+    small_task: int = 256
+    block_elements: int = 1536
     # ... and tasks that blocks leave, to share among threads.
     least_tasks: int = 16
     # Bytes from which what reads a product element by element follows each group of its rows, which are still in cache then.
     cached_bytes: int = 2**15
-    # Elements from which threads share a kernel: fewer are done before the threads have started.
-    shared_elements: int = 2**16
+    # Operations from which threads share a kernel: fewer are done before the threads have started.
+    shared_work: int = 2**20
     # A program without loops costs as much as two to three ATen calls on small values, and half a second to compile.
     least_calls: int = 3
     small_value: int = 2**14
@@ -61,19 +67,22 @@ class Limits:
 
 # What can be forced, and the limits that force it. What is impossible stays as it is.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
-    "maps": {"loops": {"small_map": ANY, "shared_bytes": NEVER}, "batched": {"small_map": NEVER}},
+    "maps": {
+        "loops": {"small_map": ANY, "shared_bytes": NEVER, "lone_task": NEVER},
+        "batched": {"small_map": NEVER},
+    },
     "products": {
         "native": {"large_product": NEVER, "large_task_product": NEVER, "large_task_windows": NEVER},
         "aten": {"large_product": ANY, "large_task_product": ANY, "large_task_windows": ANY},
     },
-    "blocks": {"one": {"block_elements": ANY}, "most": {"block_elements": NEVER}},
+    "blocks": {"one": {"block_elements": ANY}, "most": {"small_task": NEVER, "block_elements": NEVER}},
     "calls": {
         "native": {"least_calls": 1},
         "pairs": {"least_calls": 2},
         "aten": {"least_calls": NEVER, "small_value": NEVER},
     },
     "epilogues": {"all": {"cached_bytes": ANY}, "none": {"cached_bytes": NEVER}},
-    "threads": {"one": {"shared_elements": NEVER}, "all": {"shared_elements": 2**12}},
+    "threads": {"one": {"shared_work": NEVER}, "all": {"shared_work": 2**14}},
 }
 
 MODEL = Limits()
@@ -129,6 +138,8 @@ def why_batched(body: Graph, length: int, mapped: Sequence[bool]) -> str | None:
     """Why a map that could be a loop over tasks is better batched, or None."""
     if work(body) * length < limits().small_map:
         return "little work"
+    if length == 1 and work(body) >= limits().lone_task:
+        return "a single task of much work"
     shared = {n for n, m in zip(body.inputs, mapped, strict=True) if not m}
     large = [n for n in body.nodes if n.target in PRODUCTS and _streams(n, shared)]
     if sum(map(product_work, large)) * limits().streamed <= work(body):
@@ -149,6 +160,8 @@ def _streams(n: Node, shared: set[Node]) -> bool:
 def block(body: Graph, length: int) -> int:
     """How many examples a task is: a divisor that leaves enough tasks, and values of `block_elements` on average."""
     sizes = list(_sizes(body))
+    if sum(sizes) > limits().small_task * len(sizes):
+        return 1
     most = min(limits().block_elements * len(sizes) // max(1, sum(sizes)), length // limits().least_tasks)
     return next((d for d in range(most, 1, -1) if length % d == 0), 1)
 
@@ -159,8 +172,13 @@ def _sizes(body: Graph) -> Iterator[int]:
         if n.target is scan:
             yield from _sizes(n.args[0])
         elif not is_free(n) and n.target is not getitem:
-            val = n.meta["val"]
-            yield from (numel(v.shape) for v in (val if isinstance(val, tuple) else [val]) if v is not None)
+            yield from (numel(v.shape) for v in _vals(n))
+
+
+def _vals(n: Node) -> list[Val]:
+    """What a call gives."""
+    val = n.meta["val"]
+    return [v for v in (val if isinstance(val, tuple) else [val]) if v is not None]
 
 
 # ---- calls ----
@@ -188,13 +206,22 @@ def is_little(calls: Sequence[Node]) -> bool:
     """True for calls that are no faster as a program: a single one, or so few on small values."""
     if len(calls) >= limits().least_calls or any(n.target in (map_, scan) for n in calls):
         return False
-    return len(calls) == 1 or all(numel(n.meta["val"].shape) < limits().small_value for n in calls)
+    vals = [v for n in calls for v in _vals(n)]
+    return len(calls) == 1 or all(numel(v.shape) < limits().small_value for v in vals)
 
 
 def is_shared(k: Kernel) -> bool:
     """True for a kernel that threads share."""
     n = numel([*k.grid, *tile_of(k)])
-    return isinstance(n, int) and n >= limits().shared_elements
+    return isinstance(n, int) and n * sum(map(_operations, k.body)) >= limits().shared_work
+
+
+def _operations(x: Instr) -> int:
+    """What an instruction costs for an element, in additions."""
+    if isinstance(x, (Const, Iota)):
+        return 0
+    op = x.op if isinstance(x, Apply) else ""
+    return FUNCTION if op in VECTORS else DIVISION if op in DIVISIONS else 1
 
 
 def named(n: Node) -> str:

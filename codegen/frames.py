@@ -1,10 +1,12 @@
-"""The memory of a call of a C++ program that is not its tensors', kept for the calls after it. Entry point: `Frames`."""
+"""The memory of a call of a C++ program. Entry points: `Frames` (what is not its tensors', kept for the calls after it),
+`in_huge_pages` (large tensors that are written for the first time)."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import struct
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +14,18 @@ from torch import Tensor
 
 KEPT = 64 * 2**20  # bytes of scratch memory kept between calls
 _address = torch._C.TensorBase.data_ptr
+_PAGE, _MADV_HUGEPAGE = 2**21, 14
+LARGE = 2 * _PAGE  # bytes from which memory is worth asking for huge pages
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """The same tensor; the system may give its memory 2 MiB at a time as it is written, where a page at a time costs as much as
+    the writing."""
+    first, last = -(-x.data_ptr() // _PAGE), (x.data_ptr() + x.nbytes) // _PAGE
+    if _madvise is not None and first < last:  # advice: a system that does not know it refuses
+        _madvise(ctypes.c_void_p(first * _PAGE), ctypes.c_size_t((last - first) * _PAGE), _MADV_HUGEPAGE)
+    return x
 
 
 class Frame:
@@ -21,6 +35,8 @@ class Frame:
 
     def __init__(self, tensors: int, size: int):
         self.size, self.scratch = size, torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size >= LARGE:
+            in_huge_pages(self.scratch)
         self.addresses, self.bad = (ctypes.c_void_p * tensors)(), (ctypes.c_int64 * 3)()
         self.at_addresses, self.at_bad = ctypes.addressof(self.addresses), ctypes.addressof(self.bad)
         self.at_scratch = self.scratch.data_ptr()

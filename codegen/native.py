@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Val
 from fxfunc.passes.infer import OWN
 
 from . import cxx
 from .explain import Row
-from .frames import Frames
+from .frames import LARGE, Frames, in_huge_pages
 from .loops import native
 
 _META = ("operands", "bytes", "task_bytes", "summary")
@@ -49,6 +50,7 @@ class Native:
         self._made = [
             (tuple(v.shape), torch.empty(v.shape, device="meta").stride(), v.dtype) for v in self.vals
         ]
+        self._large = [i for i, v in enumerate(self.vals) if numel(v.shape) * v.dtype.itemsize >= LARGE]
 
     def compile(self, target: str) -> None:
         """Compile it, or find it in the cache."""
@@ -62,6 +64,8 @@ class Native:
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, for operands that lie in memory as their shapes say."""
         outputs = list(itertools.starmap(_new, self._made))
+        for i in self._large:
+            in_huge_pages(outputs[i])
         threads = _threads()
         frame = self._frames.take(self.bytes + threads * self.task_bytes + 64, operands, outputs)
         self.entry(frame.at_addresses, frame.at_scratch, threads, frame.at_bad)

@@ -204,6 +204,14 @@ def test_the_first_of_equal_values_wins_and_a_nan_does(name):
         assert_close(on_cpp(nestings(fxfunc)[how](POOLS[name]), x)(x), wanted, 0)
 
 
+@pytest.mark.parametrize("calls", ["native", "pairs", "aten"])
+def test_a_pool_with_little_else_runs_whoever_does_it(calls):
+    f = lambda x: torch.nn.functional.max_pool2d(x, 2)[:, 0] * 2
+    x = torch.randn(3, 4, 8, 8)
+    with cost.forced(calls=calls):
+        assert torch.equal(fxfunc.jit(f).lower(x).compile(backend="cpp")(x), f(x))
+
+
 def test_places_of_a_pool_are_those_of_aten():
     x = draw(3, 2, 6, 6, 8).round()
     f = lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True)

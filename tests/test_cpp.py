@@ -31,7 +31,7 @@ from kernel_cases import (
 
 import fxfunc
 from fxfunc.bench import registry
-from fxfunc.codegen import cost, cpp, cxx, native
+from fxfunc.codegen import cost, cpp, cxx, frames, native
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import ELEMENTWISE
 from fxfunc.passes.errors import BackendError
@@ -185,6 +185,26 @@ def test_a_large_reduction_that_keeps_its_axis_is_written(reduce):
     call = on_cpp(f, x)
     for _ in range(3):
         assert_close(call(x), f(x), 1e-11)
+
+
+@pytest.mark.parametrize("start", [0, 1, 1000])
+@pytest.mark.parametrize("size", [1, 2**20, 2**21])
+def test_advice_on_pages_leaves_memory_as_it_is(start, size):
+    x = torch.arange(2**21 + 1000)
+    y = x.clone()[start : start + size]
+    assert frames.in_huge_pages(y) is y
+    assert torch.equal(y, x[start : start + size])
+
+
+def test_large_outputs_and_scratch_memory_ask_for_huge_pages(monkeypatch):
+    asked = []
+    for module in (native, frames):
+        monkeypatch.setattr(module, "in_huge_pages", lambda x: asked.append(x.nbytes))
+    x = torch.randn(1200, 1000)
+    on_cpp(lambda x: (x.sin() * 2, x.sum(0) * 2), x)(x)
+    frames.Frame(1, frames.LARGE - 1)
+    frames.Frame(1, frames.LARGE)
+    assert asked == [x.nbytes, frames.LARGE]
 
 
 @pytest.mark.parametrize("rows", [64, 1000])
