@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_measuring(run, threads=len(os.sched_getaffinity(0)))
     run.add_argument("--impl", action="append", metavar="NAME", help="repeatable; default: all")
     run.add_argument(
-        "--no-compilers", action="store_true", help="without torch.compile and Inductor (10 minutes, not 30)"
+        "--no-compilers", action="store_true", help="without torch.compile and Inductor (10 minutes, not 50)"
     )
     run.add_argument(
         "--scaling", action="store_true", help="MAML with 1 to 10,000 tasks and 1 to 500 inner steps instead"
