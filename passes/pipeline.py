@@ -9,6 +9,7 @@ from .dce import dce
 from .dump import saw
 from .ghost import ghost
 from .graph import Graph, subgraphs
+from .grouped import grouped
 from .orient import orient
 from .peephole import peephole
 from .record import Builder, rebuild
@@ -33,7 +34,7 @@ def _settled(graph: Graph) -> Graph:
 
 def for_aten(graph: Graph) -> Graph:
     """A lowered graph for a backend that calls ATen op by op: no copies of products, neighbours joined into ops that do both."""
-    return inside(lambda g: saw("peephole", peephole(saw("orient", orient(g)))), graph)
+    return inside(lambda g: saw("peephole", peephole(saw("orient", orient(grouped(g))))), graph)
 
 
 def inside(step: Callable[[Graph], Graph], graph: Graph) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 import weakref
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from rule_cases import CASES
 from rule_harness import SIZES, Problem
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfunc
@@ -233,3 +235,65 @@ def test_a_new_tensor_is_new_whatever_the_algebra_makes_of_it(name, use):
 def test_derivatives_share_no_memory_with_closures(f):
     f(x(3)).add_(1)
     assert torch.equal(W, x(3))
+
+
+# ----- weight gradients of a batch of images --------------------------------------------------------------------------
+
+
+def _image_loss(w, x, stride=1, padding=0, dilation=1, groups=1):
+    return F.conv2d(x[None], w, None, stride, padding, dilation, groups).sin().sum()
+
+
+def _weight_gradients(graph) -> list[str]:
+    """How each is computed."""
+    calls = [n for n in graph.nodes if n.target is torch.ops.aten.convolution_backward.default]
+    return ["convolution" for n in calls if n.args[10][1]] + [
+        "product" for n in graph.nodes if n.target is torch.ops.aten.unfold.default
+    ][::2]
+
+
+PER_IMAGE = {
+    "grad": lambda api, f: api.vmap(api.grad(f), (None, 0)),
+    "grad of each weight": lambda api, f: lambda w, x: api.vmap(api.grad(f))(torch.stack([w] * len(x)), x),
+    "jvp of grad": lambda api, f: (
+        lambda w, x: api.jvp(lambda x: api.vmap(api.grad(f), (None, 0))(w, x), (x,), (x.cos(),))
+    ),
+    "grad of grad": lambda api, f: api.grad(
+        lambda w, x: api.vmap(lambda x: api.grad(f)(w, x).square().sum())(x).sum(), argnums=1
+    ),
+    "vmap": lambda api, f: (
+        lambda w, x: api.vmap(api.vmap(api.grad(f), (None, 0)), (None, 0))(w, torch.stack([x, x.sin()]))
+    ),
+}
+
+
+@pytest.mark.parametrize("how", PER_IMAGE)
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 1)}, {"padding": (1, 2)}, {"stride": 3, "padding": 2}], ids=str
+)
+def test_small_weight_gradients_of_a_batch_are_products(how, options):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 3, 3, 2, generator=g, dtype=torch.float64)
+    x = torch.randn(5, 3, 9, 8, generator=g, dtype=torch.float64)
+    f = functools.partial(_image_loss, **options)
+    call = fxfunc.jit(PER_IMAGE[how](fxfunc, f)).lower(w, x).compile(backend="eager")
+    assert "product" in _weight_gradients(call.graph)
+    assert "convolution" not in _weight_gradients(call.graph)
+    for guard in (torch.enable_grad, torch.no_grad):
+        with guard():
+            ours, theirs = call(w, x), PER_IMAGE[how](torch.func, f)(w, x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options, size, how",
+    [({}, 80, "convolution"), ({"dilation": 2}, 9, "convolution"), ({"groups": 3}, 9, "product")],
+    ids=["large", "dilated", "groups"],
+)
+def test_how_a_weight_gradient_is_computed(options, size, how):
+    w = torch.randn(6, 3 // options.get("groups", 1), 3, 3, dtype=torch.float64)
+    x = torch.randn(64, 3, size, size, dtype=torch.float64)
+    f = functools.partial(_image_loss, **options)
+    call = fxfunc.jit(fxfunc.vmap(fxfunc.grad(f), (None, 0))).lower(w, x).compile(backend="eager")
+    assert _weight_gradients(call.graph) == [how]
+    torch.testing.assert_close(call(w, x), torch.func.vmap(torch.func.grad(f), (None, 0))(w, x))
