@@ -234,7 +234,6 @@ template <int N0, int64_t S0, int N1, int64_t S1, int N2, int64_t S2> struct Axi
   static int64_t start(int q) { return q / N1 * S0 + q % N1 * S1; }
 };
 constexpr int TERMS = 256;  // of a sum that are added up before they are added to the result
-constexpr int MOST_TERMS = 1024, PACKED = 65536;  // terms of a large product at a time, and bytes of a block of its right factor
 // R rows and V vectors of columns of c[., N] = a b, the terms [from, to) of K; the last vector ends at column N.
 template <class T, int W, int R, int V, int N, class K, int64_t AR, int64_t BR, bool PACKED>
 static inline __attribute__((always_inline)) void tile(T* __restrict c, const T* a, const T* b, int first, int from, int to) {
@@ -304,40 +303,44 @@ static __attribute__((noinline, noclone)) void large_tile(T* __restrict c, int64
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) memcpy(c + r * N + column[v], &sum[r][v], sizeof(vec));
 }
-struct Nothing {
-  void operator()(int64_t, int64_t) const {}
-};
-// How a panel is done: R rows at a time, and `step` places of the axis K, which are `terms` of a sum.
-template <class T, int W, int V, class M, class K, int64_t BR> struct Blocks {
-  static constexpr int most = at_least(1, at_most(12, SUMS / V)), groups = (M::inner + most - 1) / most;
-  static constexpr int R = (M::inner + groups - 1) / groups;
-  static constexpr int step = at_most(K::outer, at_least(1, TERMS / K::inner)), terms = step * K::inner;
-  static constexpr bool packed = M::size >= 32 && BR != V * W && terms * V * W * sizeof(T) <= PACKED;
-};
 // V vectors of columns of c = a b, in blocks of terms; a block of b that many rows read is first put in order.
 // `after` follows each group of rows that is done, if this is the last panel.
-template <class T, int W, int V, int N, class M, class K, int64_t BR, class F>
+template <class T, int W, int V, int N, class M, class K, int64_t BR, int64_t BC, class F>
 static inline __attribute__((always_inline)) void panel(T* c, const T* a, const T* b, int first, bool last, F after) {
-  typedef Blocks<T, W, V, M, K, BR> Of;
-  constexpr int R = Of::R, rest = M::inner % R, start = M::inner - rest;
-  constexpr int64_t stride = Of::packed ? V * W : BR;
-  alignas(64) T block[Of::packed ? Of::terms * V * W : 1];
+  constexpr int most = at_least(1, at_most(12, SUMS / V)), groups = (M::inner + most - 1) / most;
+  constexpr int R = (M::inner + groups - 1) / groups, rest = M::inner % R, start = M::inner - rest;
+  constexpr int step = at_most(K::outer, at_least(1, TERMS / K::inner)), terms = step * K::inner;
+  constexpr bool packed = M::size >= 32 && BR != V * W && terms * V * W * sizeof(T) <= 65536;
+  static_assert(packed || BC == 1, "b is read in order");
+  constexpr int64_t stride = packed ? V * W : BR;
+  constexpr bool large = M::size >= 32 && terms >= 16 && (packed || (BR == V * W && N == BR));
+  alignas(64) T block[packed ? terms * V * W : 1];
+  int64_t at[large ? terms : 1];
   int column[V];
   for (int v = 0; v < V; v++) column[v] = at_most((first + v) * W, N - W);
-  for (int from = 0; from < K::outer; from += Of::step) {
-    const int to = at_most(from + Of::step, K::outer);
+  for (int from = 0; from < K::outer; from += step) {
+    const int to = at_most(from + step, K::outer);
     const T* right = b + int64_t(from) * K::inner * BR;
-    if constexpr (Of::packed) {
-      for (int k = 0; k < (to - from) * K::inner; k++)
-        for (int v = 0; v < V; v++) memcpy(block + (k * V + v) * W, right + k * BR + column[v], W * sizeof(T));
+    if constexpr (packed) {
+      const int count = (to - from) * K::inner;
+      if constexpr (BC == 1)
+        for (int k = 0; k < count; k++)
+          for (int v = 0; v < V; v++) memcpy(block + (k * V + v) * W, right + k * BR + column[v], W * sizeof(T));
+      else
+        for (int v = 0; v < V; v++) turn_into(block + v * W, V * W, count, W, right + column[v] * BC, BC);
       right = block;
     }
+    if constexpr (large)
+      for (int q = from; q < to; q++)
+        for (int k = 0; k < K::inner; k++) at[(q - from) * K::inner + k] = K::start(q) + k * K::step;
     for (int o = 0; o < M::outer; o++) {
       const T* left = a + M::start(o);
       const int above = o * M::inner;
       const auto rows = [&](auto count, int i) __attribute__((always_inline)) {
-        T* const out = c + int64_t(above + i) * N;
-        tile<T, W, count, V, N, K, M::step, stride, Of::packed>(out, left + i * M::step, right, first, from, to);
+        T* out = c + int64_t(above + i) * N;
+        const T* x = left + i * M::step;
+        if constexpr (large) large_tile<T, W, count, V>(out, N, column, x, M::step, at, right, (to - from) * K::inner, from > 0);
+        else tile<T, W, count, V, N, K, M::step, stride, packed>(out, x, right, first, from, to);
         if (last && to == K::outer) after(above + i, above + i + count);
       };
       for (int i = 0; i + R <= M::inner; i += R) rows(std::integral_constant<int, R>(), i);
@@ -345,68 +348,9 @@ static inline __attribute__((always_inline)) void panel(T* c, const T* a, const 
     }
   }
 }
-// The same with all sizes but those of its tiles known only as it runs: one function for all large products of these vectors.
-struct Walk {
-  int n0, n1, inner;
-  int64_t s0, s1, step;
-  int64_t start(int q) const { return q / n1 * s0 + q % n1 * s1; }
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
 };
-template <int N0, int64_t S0, int N1, int64_t S1, int N2, int64_t S2> static Walk walk(Axis<N0, S0, N1, S1, N2, S2>) {
-  return {N0, N1, N2, S0, S1, S2};
-}
-typedef void (*After)(const void*, int64_t, int64_t);
-template <class T> struct Tiles {
-  void (*tile[2])(T*, int64_t, const int*, const T*, int64_t, const int64_t*, const T*, int, bool);
-  int rows[2];  // of most tiles, and of the last one
-};
-template <class T, int W, int V>
-static __attribute__((noinline, noclone)) void large_panel(T* c, int64_t n, const T* a, const T* b, int first, Walk m, Walk k, int64_t br,
-                                                  int64_t bc, int step, bool packed, Tiles<T> tiles, After after, const void* given) {
-  alignas(64) T block[PACKED / sizeof(T)];
-  int64_t at[MOST_TERMS];
-  int64_t column[V];
-  int places[V];
-  for (int v = 0; v < V; v++) column[v] = places[v] = at_most((first + v) * W, int(n) - W);
-  const int outer = k.n0 * k.n1;
-  for (int from = 0; from < outer; from += step) {
-    const int to = at_most(from + step, outer), terms = (to - from) * k.inner;
-    const T* right = b + int64_t(from) * k.inner * br;
-    if (packed) {
-      if (bc == 1)
-        for (int i = 0; i < terms; i++)
-          for (int v = 0; v < V; v++) memcpy(block + (i * V + v) * W, right + i * br + column[v], W * sizeof(T));
-      else
-        for (int v = 0; v < V; v++) turn_into(block + v * W, V * W, terms, W, right + column[v] * bc, bc);
-      right = block;
-    }
-    for (int q = from, i = 0; q < to; q++)
-      for (int j = 0; j < k.inner; j++) at[i++] = k.start(q) + j * k.step;
-    for (int o = 0; o < m.n0 * m.n1; o++)
-      for (int i = 0; i < m.inner;) {
-        const bool last = i + tiles.rows[0] > m.inner;
-        const int64_t row = int64_t(o) * m.inner + i;
-        tiles.tile[last](c + row * n, n, places, a + m.start(o) + i * m.step, m.step, at, right, terms, from > 0);
-        if (after && to == outer) after(given, row, row + tiles.rows[last]);
-        i += tiles.rows[last];
-      }
-  }
-}
-template <class T, int W, int V, int N, class M, class K, int64_t BR, int64_t BC, class F>
-static inline __attribute__((always_inline)) void any_panel(T* c, const T* a, const T* b, int first, bool last, const F& after) {
-  typedef Blocks<T, W, V, M, K, BR> Of;
-  constexpr bool in_order = Of::packed || (BR == V * W && N == BR);
-  constexpr bool large = M::size >= 32 && Of::terms >= 16 && Of::terms <= MOST_TERMS && in_order;
-  static_assert(large || BC == 1, "b is read in order");
-  if constexpr (large) {
-    constexpr int rest = M::inner % Of::R;
-    const auto follow = [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); };
-    const Tiles<T> tiles = {{large_tile<T, W, Of::R, V>, large_tile<T, W, rest ? rest : Of::R, V>}, {Of::R, rest ? rest : Of::R}};
-    large_panel<T, W, V>(c, N, a, b, first, walk(M()), walk(K()), BR, BC, Of::step, Of::packed, tiles,
-                         last && !std::is_same<F, Nothing>::value ? +follow : nullptr, &after);
-  } else {
-    panel<T, W, V, N, M, K, BR>(c, a, b, first, last, after);
-  }
-}
 // c[M, N] = a b: the rows of a are the axis M, its columns the axis K, b[k, j] = b[k * BR + j * BC]; where BC is not 1, BR
 // is, and blocks of b are turned when they are put in order. `after(begin, end)` is called when these rows are done.
 template <class T, int N, int64_t BR, class M, class K, int64_t BC = 1, class F = Nothing>
@@ -414,8 +358,8 @@ static __attribute__((noinline)) void mm(T* c, const T* a, const T* b, F after =
   constexpr int W = width<T>(N), vectors = (N + W - 1) / W, rows = M::inner;
   constexpr int most = at_most(8, SUMS / at_most(rows, 6));
   constexpr int groups = (vectors + most - 1) / most, V = (vectors + groups - 1) / groups, rest = vectors % V;
-  for (int v = 0; v + V <= vectors; v += V) any_panel<T, W, V, N, M, K, BR, BC>(c, a, b, v, v + V == vectors, after);
-  if constexpr (rest > 0) any_panel<T, W, rest, N, M, K, BR, BC>(c, a, b, vectors - rest, true, after);
+  for (int v = 0; v + V <= vectors; v += V) panel<T, W, V, N, M, K, BR, BC>(c, a, b, v, v + V == vectors, after);
+  if constexpr (rest > 0) panel<T, W, rest, N, M, K, BR, BC>(c, a, b, vectors - rest, true, after);
 }
 // The sum of a vector's lanes and of the products of the K elements behind those in it: halves are added until one is left,
 // each with half as many of the rest.
