@@ -274,7 +274,10 @@ def test_a_kernel_that_follows_the_rows_of_a_product_gives_the_same_bits(name, d
     assert_close(early(*args), f(*args), 1e-4 if dtype is F32 else 1e-12)
 
 
-@pytest.mark.parametrize("name", ["maml25", "dpsgd-block[batch=4]", "lj[points=64]"])
+@pytest.mark.parametrize(
+    "name",
+    ["maml25", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dpsgd-block[batch=4]", "lj[points=64]"))],
+)
 def test_all_kernels_that_can_follow_rows_leave_a_workload_as_it_is(name):
     w = registry.find(name)
     lowered = fxfunc.jit(w.function(fxfunc)).lower(*(inputs := w.inputs(**w.parameters)))

@@ -269,7 +269,14 @@ PER_IMAGE = {
 
 @pytest.mark.parametrize("how", PER_IMAGE)
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": (2, 1)}, {"padding": (1, 2)}, {"stride": 3, "padding": 2}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"stride": (2, 1)}, marks=pytest.mark.slow),
+        pytest.param({"padding": (1, 2)}, marks=pytest.mark.slow),
+        {"stride": 3, "padding": 2},
+    ],
+    ids=str,
 )
 def test_small_weight_gradients_of_a_batch_are_products(how, options):
     g = torch.Generator().manual_seed(0)

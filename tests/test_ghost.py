@@ -141,7 +141,7 @@ def map_sums(f, *args):
     return [r.sum(0) for r in fxfunc.vmap(f)(*args)]
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_loop_makes_no_stack_that_is_only_reduced(name, turned):
     f = lambda x, d, c: REDUCTIONS[name](stacks(x, d, turned), c)
