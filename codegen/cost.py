@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from fxfunc.passes.dims import numel
-from fxfunc.passes.graph import Graph, Val, getitem, map_, scan
+from fxfunc.passes.graph import Graph, Val, getitem, map_, scan, vals_of
 from fxfunc.passes.orient import reads_windows
 
 from .cxx import VECTORS
@@ -172,13 +172,7 @@ def _sizes(body: Graph) -> Iterator[int]:
         if n.target is scan:
             yield from _sizes(n.args[0])
         elif not is_free(n) and n.target is not getitem:
-            yield from (numel(v.shape) for v in _vals(n))
-
-
-def _vals(n: Node) -> list[Val]:
-    """What a call gives."""
-    val = n.meta["val"]
-    return [v for v in (val if isinstance(val, tuple) else [val]) if v is not None]
+            yield from (numel(v.shape) for v in vals_of(n))
 
 
 # ---- calls ----
@@ -206,7 +200,7 @@ def is_little(calls: Sequence[Node]) -> bool:
     """True for calls that are no faster as a program: a single one, or so few on small values."""
     if len(calls) >= limits().least_calls or any(n.target in (map_, scan) for n in calls):
         return False
-    vals = [v for n in calls for v in _vals(n)]
+    vals = [v for n in calls for v in vals_of(n)]
     return len(calls) == 1 or all(numel(v.shape) < limits().small_value for v in vals)
 
 

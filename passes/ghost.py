@@ -320,13 +320,15 @@ def _norms(n: Node, reduction: Reduction, env: Env) -> Value:
 
 def _squares(n: Node, part: Part, env: Env) -> Value:
     """The sums of squares in float64, in the shape of the call that asks for them."""
+    is_rank_one = _is_one(part.stack.rank)
+
+    def squares(x: Value, d: Value) -> Value:
+        x, d = _scaled(x.to(torch.float64), part, env), d.to(torch.float64)
+        return _rank_one(x, d) if is_rank_one else _gram(x, d)
+
     x, d = part.stack.factors(env)
-    if _is_one(part.stack.rank):
-        out = _rank_one(_scaled(x.to(torch.float64), part, env), d.to(torch.float64))
-    elif _of_a_map(x) and _of_a_map(d) and not any(isinstance(by, Node) for _, by in part.scales):
-        out = _in_tasks(lambda x, d: _gram(_scaled(x, part, env), d), x, d)
-    else:
-        out = _gram(_scaled(x.to(torch.float64), part, env), d.to(torch.float64))
+    by_task = _of_a_map(x) and _of_a_map(d) and not any(isinstance(by, Node) for _, by in part.scales)
+    out = _in_tasks(squares, x, d) if by_task and not is_rank_one else squares(x, d)
     shape = _val(n).shape
     return (out if numel(shape) == part.stack.count else out.sum([0])).reshape(list(shape))
 
@@ -339,7 +341,7 @@ def _in_tasks(f: Callable[[Value, Value], Value], *operands: Value) -> Value:
     """`f` of one sample after another as a map, which can be one with the map that has made them."""
     inner = Builder(SIMPLIFY)
     inputs = [inner.input(Val(x.shape[1:], x.dtype, x.device)) for x in operands]
-    out = f(*(x.to(torch.float64).reshape([1, *x.shape]) for x in inputs)).reshape([])
+    out = f(*(x.reshape([1, *x.shape]) for x in inputs)).reshape([])
     mapped, count = [True] * len(operands), operands[0].shape[0]
     return emit_map(operands[0].builder, inner.finish([out]), operands, mapped, ["stack"], count)[0]
 

@@ -224,6 +224,12 @@ def typed(x, of_node):
     return x
 
 
+def vals_of(node: Node) -> list[Val]:
+    """What the results of a call are, those left out that it has not."""
+    val = node.meta["val"]
+    return [val] if isinstance(val, Val) else [v for v in val if v is not None]
+
+
 def subgraphs(node: Node) -> Iterator[Graph]:
     """The bodies a region node holds."""
     if isinstance(node.target, Op):

@@ -70,10 +70,10 @@ def _is_small(n: Node, product: Node) -> bool:
 
 
 def _turned(graph: Graph) -> Graph:
-    turned = {n.args[0] for n in graph.nodes if _is_transpose(n) and _only_for(n, graph)}
+    turned = {n.args[0] for n in graph.nodes if is_transpose(n) and _only_for(n, graph)}
 
     def row(n: Node, env: Env, b: Builder) -> Value | None:
-        if not _is_transpose(n) or n.args[0] not in turned:
+        if not is_transpose(n) or n.args[0] not in turned:
             return None
         left, right = n.args[0].args
         return b.emit(n.args[0].target, (_transposed(right, env), _transposed(left, env)), {})
@@ -90,7 +90,7 @@ def _apart(graph: Graph) -> Graph:
             return None
         many, one = found[n]
         count = _val(many).shape[0]
-        if _is_transpose(n):
+        if is_transpose(n):
             left = _transposed(one, env)
             return b.emit(aten.bmm.default, (left.expand(count, *left.shape), _transposed(many, env)), {})
         right = env[one]
@@ -115,7 +115,7 @@ def _with(graph: Graph, row: Callable[[Node, Env, Builder], Value | None], witho
 
 def _many(n: Node, graph: Graph) -> tuple[Node, Node] | None:
     """[count, rows, inner] and [inner, columns] if `n` is their product or its transpose, written as one product."""
-    by_matrix = n.args[0] if _is_transpose(n) else n
+    by_matrix = n.args[0] if is_transpose(n) else n
     if by_matrix.op != "call_function" or by_matrix.target is not aten.reshape.default:
         return None
     product = by_matrix.args[0]
@@ -128,7 +128,7 @@ def _many(n: Node, graph: Graph) -> tuple[Node, Node] | None:
         return None
     if any(len(x.users) != 1 or x in graph.outputs for x in between):
         return None
-    return (many, one) if by_matrix is not n or _is_transpose(many) else None
+    return (many, one) if by_matrix is not n or is_transpose(many) else None
 
 
 def _is_large(many: Node, shape: tuple) -> bool:
@@ -136,7 +136,7 @@ def _is_large(many: Node, shape: tuple) -> bool:
     return not any(isinstance(s, Dim) for s in (rows, columns, inner)) and rows * columns * inner >= LARGE
 
 
-def _is_transpose(n: Node) -> bool:
+def is_transpose(n: Node) -> bool:
     """A permutation that swaps the last two of two or three axes."""
     return n.target is aten.permute.default and list(n.args[1]) in ([1, 0], [0, 2, 1])
 
@@ -156,7 +156,7 @@ def reads_windows(x: Node) -> bool:
 
 
 def _transposed(x: Node, env: Env) -> Value:
-    if _is_transpose(x) and x.args[0] in env:
+    if is_transpose(x) and x.args[0] in env:
         return env[x.args[0]]
     return env[x].permute([1, 0] if env[x].ndim == 2 else [0, 2, 1])
 

@@ -30,6 +30,7 @@ from .graph import (
     stop_gradient,
     stop_reverse,
     subgraphs,
+    vals_of,
 )
 from .linearize import Linearized, owner
 from .record import Builder, aten
@@ -214,19 +215,14 @@ def is_fixed(call: Node) -> bool:
 
 def is_choice(call: Node) -> bool:
     """Whether a call says which floating point numbers are equal, or where one lies: == and !=, argmax, sort, max pooling."""
-    if call.target is getitem or not any(v.differentiable for m in call.all_input_nodes for v in _vals(m)):
+    if call.target is getitem or not any(v.differentiable for m in call.all_input_nodes for v in vals_of(m)):
         return False
     if call.target in _EQUALITY:
         return True
-    return any(not v.differentiable and v.dtype is not torch.bool for v in _vals(call))
+    return any(not v.differentiable and v.dtype is not torch.bool for v in vals_of(call))
 
 
 _EQUALITY = {op for packet in (aten.eq, aten.ne) for op in (packet.Tensor, packet.Scalar)}
-
-
-def _vals(n: Node) -> list[Val]:
-    val = n.meta["val"]
-    return [val] if isinstance(val, Val) else [v for v in val if v is not None]
 
 
 def is_view(call: Node) -> bool:
@@ -246,9 +242,9 @@ def is_cheap(call: Node) -> bool:
         return True
     if isinstance(call.target, Op):
         return call.target is constant
-    before = max(nbytes(v) for m in call.all_input_nodes for v in _vals(m))
+    before = max(nbytes(v) for m in call.all_input_nodes for v in vals_of(m))
     light = torch.Tag.pointwise in call.target.tags or call.target in _LIGHT
-    return light and 4 * sum(map(nbytes, _vals(call))) >= before
+    return light and 4 * sum(map(nbytes, vals_of(call))) >= before
 
 
 _LIGHT = {

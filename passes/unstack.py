@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from .ghost import ghost, reduced
 from .graph import Graph, extract, map_
+from .orient import is_transpose
 from .record import Builder, Value, aten
 from .regions import emit_map
 from .simplify import SIMPLIFY
@@ -51,8 +52,7 @@ def _products(n: Node) -> Iterator[Product]:
 
 def _untransposed(x: Node) -> tuple[Node, bool]:
     """The value, or what it is the transpose of."""
-    transposed = x.target is aten.permute.default and list(x.args[1]) == [1, 0]
-    return (x.args[0], True) if transposed else (x, False)
+    return (x.args[0], True) if is_transpose(x) else (x, False)
 
 
 def _only_stacked(x: Node, out: Node) -> bool:
