@@ -287,7 +287,8 @@ def test_a_bad_command_line_is_status_2(arguments):
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_what_was_measured(user_file, tmp_path, stop):
     out = tmp_path / "r.json"
     names = ["--workload", "test-fine", "--workload", "test-hang"]

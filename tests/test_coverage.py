@@ -52,6 +52,7 @@ def test_a_derived_rule_shows_in_the_graph():
     assert "linear_call" in graph and "erfinv" in graph
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table():
     command = [sys.executable, "-m", "fxfunc", "coverage", "aten.mm.default", "erfinv"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -575,7 +575,7 @@ def test_an_index_out_of_range_raises_as_in_eager(name, bad):
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, torch.inf, -torch.inf, torch.nan, 1e-40, 80.0, -80.0, 1e4, 3.0]
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.slow)])
 def test_semantics_20_a_value_has_the_same_bits_in_every_lane_and_alone(dtype):
     x = torch.cat([torch.tensor(SPECIAL, dtype=dtype), torch.randn(64 - len(SPECIAL), dtype=dtype)])
     names = [n for n in cxx.VECTORS if n not in cxx.PAIRS]
@@ -756,7 +756,7 @@ print(*sorted(p.suffix or p.name for p in cxx.folder().iterdir()))
 
 @pytest.mark.parametrize(
     ("limit", "said", "left"),
-    [(1000, "there is no log", ""), (6000, "; see ", ".log")],
+    [pytest.param(1000, "there is no log", "", marks=pytest.mark.slow), (6000, "; see ", ".log")],
     ids=["not even the source", "the source and the log, not the object"],
 )
 def test_a_full_disk_leaves_nothing_half_written(limit, said, left, own_cache):

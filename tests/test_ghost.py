@@ -312,7 +312,9 @@ def test_steps_in_a_loop_make_no_stack():
     assert all(error(found[k], params[k]) < 1e-5 for k in params)
 
 
-@pytest.mark.parametrize("workload", ["dpsgd-mlp", "dpsgd-block[batch=4]"])
+@pytest.mark.parametrize(
+    "workload", ["dpsgd-mlp", pytest.param("dpsgd-block[batch=4]", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_the_workloads_have_their_float64_answer(workload, backend):
     w = registry.find(workload)

@@ -96,7 +96,17 @@ def test_every_row_is_tried():
     assert {call[0] for call in CALLS} >= set(known.ROWS)
 
 
-@pytest.mark.parametrize("name", ["jac", "psg8", "omniglot[tasks=1,steps=1]", "lj", "dpsgd-mlp", "lap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jac",
+        "psg8",
+        pytest.param("omniglot[tasks=1,steps=1]", marks=pytest.mark.slow),
+        "lj",
+        "dpsgd-mlp",
+        "lap",
+    ],
+)
 def test_the_graph_of_a_workload_is_made_without_dynamo(name):
     script = f"""
 import sys, torch, fxfunc

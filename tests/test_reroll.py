@@ -428,8 +428,11 @@ def test_a_meta_gradient_does_not_grow_with_its_inner_steps(steps):
 
 
 LONG = ("second order", "forward over reverse", "grad of all")
+LARGE = ("blocks with own weights", "a recurrent net", "Adam")  # of which two are in the default suite
 PAIRS = [  # of most loops these are in the slow suite
-    pytest.param(n, t, marks=pytest.mark.slow) if i % 6 and t in LONG else (n, t)
+    pytest.param(n, t, marks=pytest.mark.slow)
+    if (i % 6 and t in LONG) or (n in LARGE and t not in ("grad", "no_grad"))
+    else (n, t)
     for i, n in enumerate(LOOPS)
     for t in TRANSFORMS
 ]

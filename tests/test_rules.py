@@ -21,12 +21,22 @@ assert len(BY_NAME) == len(CASES), "two cases of one name"
 
 # What jvp_vjp, vmap_vjp, no_grad and the adjoint find in the default suite, alone or the other way round.
 LONG = ("jvp", "vjp", "vjp_vjp", "vmap_jvp")
+# Three in four of the many options of this op are in the slow suite.
+SAMPLED = [name for name in BY_NAME if name.startswith("grid_sample")]
+REST = [name for i, name in enumerate(SAMPLED) if i % 4]
+
+
+def marked(name: str) -> list:
+    return [pytest.mark.slow] if name in REST else []
+
+
+NAMES = [pytest.param(name, marks=marked(name)) for name in BY_NAME]
 
 
 @pytest.mark.parametrize(
     "check", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CHECKS]
 )
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_rule(name, check):
     run(BY_NAME[name], check, SIZES[0])
 
@@ -38,13 +48,15 @@ def test_rule_at_another_size(name):
         run(BY_NAME[name], check, SIZES[1])
 
 
-@pytest.mark.parametrize("name,dtype", [(c.name, d) for c in CASES for d in c.dtypes], ids=str)
+@pytest.mark.parametrize(
+    "name,dtype", [pytest.param(c.name, d, marks=marked(c.name)) for c in CASES for d in c.dtypes], ids=str
+)
 def test_dtype(name, dtype):
     for check in ("jvp", "vjp", "vmap", "vmap_vjp"):
         run(BY_NAME[name], check, SIZES[0], dtype)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_adjoint(name):
     """<ct, J t> = <J* ct, t>: forward and reverse mode are one linear map."""
     p = Problem(BY_NAME[name], SIZES[0])

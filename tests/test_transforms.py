@@ -54,10 +54,11 @@ def same(got, want):
             assert type(a) is type(b) and a == b
 
 
-def agree(mode, program, *args, **kwargs):
-    """A program over a namespace of transforms gives the same with fxfunc, in this mode, as with torch.func."""
-    got = MODES[mode](lambda *a, **k: program(fxfunc, *a, **k))(*args, **kwargs)
-    same(got, program(torch.func, *args, **kwargs))
+def agree(modes, program, *args, **kwargs):
+    """A program over a namespace of transforms gives the same with fxfunc, in these modes, as with torch.func."""
+    wanted = program(torch.func, *args, **kwargs)
+    for mode in [modes] if isinstance(modes, str) else modes:
+        same(MODES[mode](lambda *a, **k: program(fxfunc, *a, **k))(*args, **kwargs), wanted)
 
 
 X, Y, Z = draw(3), draw(3, seed=1), draw(3, 3, seed=2)
@@ -656,8 +657,7 @@ def triples():
 
 @pytest.mark.parametrize("layers", list(triples()))
 def test_nestings_of_depth_3(layers):
-    for mode in MODES:
-        agree(mode, lambda T, x: nested(T, layers)(x), draw(2))
+    agree(MODES, lambda T, x: nested(T, layers)(x), draw(2))
 
 
 @pytest.mark.parametrize(

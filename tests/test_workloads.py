@@ -116,7 +116,7 @@ def train_omniglot(make, dtype=F64, steps=2):
     return losses, [p.grad for p in net.parameters()]
 
 
-@pytest.mark.parametrize("make", [by_fxfunc, by_jit])
+@pytest.mark.parametrize("make", [by_fxfunc, pytest.param(by_jit, marks=pytest.mark.slow)])
 def test_omniglot_trains_as_with_ordinary_autograd(make):
     ours, reference = train_omniglot(make), train_omniglot(by_autograd)
     assert error(ours, reference) < 1e-10
