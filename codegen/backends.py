@@ -171,13 +171,18 @@ def _row(backend: str, where: str = "") -> Backend:
 # ---- compiling ----
 
 
-def compile(graph: Graph, backend: str, target: str) -> Program:
-    """Lower and compile a captured graph for what `choose` gave."""
+def compile(graph: Graph, backend: str, target: str, precision: str | None = None) -> Program:
+    """Lower and compile a captured graph for what `choose` gave; `precision` of products of float32 in Triton's kernels."""
+    if precision is not None and backend != "triton":
+        raise errors.BackendError(
+            backend=backend, what="it has no precision to choose", instead="Leave it out."
+        )
+    options = {} if precision is None else {"precision": precision}
     start = time.perf_counter()
     with hermetic():
         low = _TABLE[backend].lower(graph)
         middle = time.perf_counter()
-        program = _TABLE[backend].emit(low, graph, target)
+        program = _TABLE[backend].emit(low, graph, target, **options)
     program.timings = {"passes": middle - start, "codegen": time.perf_counter() - middle}
     return program
 
@@ -189,9 +194,9 @@ def eager_program(graph: Graph, target: str) -> Program:
 
 def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str) -> Program:
     """A program of compiled kernels, which runs where there is a GPU."""
-    from .launch import launch
+    from .launch import Launcher
 
-    launchers = {b.kernel: functools.partial(launch, b) for b in kernels}
+    launchers = {b.kernel: Launcher(b) for b in kernels}
     call = eager.emit(native, launchers) if _is_here(target) else None
     return Program(graph, "triton", target, call, native, kernels)
 
@@ -218,14 +223,18 @@ def _eager(low: Graph, graph: Graph, target: str) -> Program:
     return eager_program(for_aten(low), target)
 
 
-def _triton(low: Graph, graph: Graph, target: str) -> Program:
-    from . import triton
+def _triton(low: Graph, graph: Graph, target: str, precision: str | None = None) -> Program:
+    """Maps are kernels, so it takes the graph before they are batched; what runs anywhere is made of the batched one."""
+    from . import offline
 
-    native, kernels = triton.compile_graph(low, target)
+    notes: list[str] = []
+    native, kernels = offline.compile_graph(graph, target, precision, notes)
     saw("fuse", native)
     for name, binary in kernels.items():
         saw_source(f"kernel-{name}", binary.source)
-    return with_kernels(for_aten(low), native, list(kernels.values()), target)
+    program = with_kernels(for_aten(low), native, list(kernels.values()), target)
+    program.notes = notes
+    return program
 
 
 def _parted(graph: Graph) -> Built:
@@ -271,7 +280,7 @@ class Backend:
     instead: str
     target: Callable[[str], str]
     lower: Callable[[Graph], Any]
-    emit: Callable[[Any, Graph, str], Program]
+    emit: Callable[..., Program]
 
 
 _TABLE = {

@@ -200,8 +200,6 @@ def refusal(vals: Sequence[Val]) -> str | None:
         return f"a convolution of {vals[0].ndim - 2} dims"
     if any(v.dtype not in (torch.float32, torch.float64) or v.dtype != vals[0].dtype for v in vals):
         return f"a convolution of {vals[0].dtype}"
-    if any(v.device.type != "cpu" for v in vals):
-        return f"on {vals[0].device}"
     return "an empty convolution" if any(numel(v.shape) == 0 for v in vals) else None
 
 

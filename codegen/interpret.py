@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import at
+from fxfunc.passes.dims import at, numel
 
+from . import tiles
 from .loops import ELEMENTWISE, Kernel
-from .triton import TEMPLATES, load, programs, source
+from .mapped import Tasks
+from .triton import TEMPLATES, load, schedule, source
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
     **{name: f for name, f in ELEMENTWISE.items() if name in TEMPLATES},
@@ -27,24 +29,36 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def interpret(k: Kernel, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None) -> tuple[Tensor, ...]:
-    """The outputs of a kernel, its Triton source interpreted."""
+def interpret(
+    k: Kernel | Tasks, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of a kernel, its Triton source interpreted. Memory that it should not read is full of NaN."""
     sizes = sizes or {}
-    fn = _prepare(k)
-    outputs = [torch.empty([at(s, sizes) for s in a.shape], dtype=a.dtype) for a in k.outputs]
-    if count := at(programs(k), sizes):
-        fn[(count,)](*(x.contiguous() for x in inputs), *outputs, *(sizes[name] for name in k.sizes))
+    fn, rows, workspace = _prepare(k)
+    outputs = [_spoiled(torch.empty([at(s, sizes) for s in a.shape], dtype=a.dtype)) for a in k.outputs]
+    if count := -(-at(numel(k.grid), sizes) // rows):
+        work = [] if workspace is None else [_spoiled(torch.empty(count * workspace, dtype=torch.uint8))]
+        fn[(count,)](*(x.contiguous() for x in inputs), *outputs, *work, *(sizes[name] for name in k.sizes))
     return tuple(outputs)
 
 
+def _spoiled(x: Tensor) -> Tensor:
+    x.reshape(-1).view(torch.uint8).fill_(255)
+    return x
+
+
 @functools.lru_cache(maxsize=512)
-def _prepare(k: Kernel) -> Callable:
+def _prepare(k: Kernel | Tasks) -> tuple[Callable, int, int | None]:
+    """The function, rows of the grid a program, and bytes of scratch memory a program if it takes such."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise errors.BackendError(
             backend="triton", what="the interpreter is off", instead="Start with TRITON_INTERPRET=1."
         )
     _install()
-    return load(k, source(k))
+    if isinstance(k, Tasks):
+        made = tiles.source(k, "ieee")
+        return load(k.name, made.text), 1, made.workspace
+    return load(k.name, source(k)), schedule(k).rows, None
 
 
 @functools.cache
@@ -56,6 +70,7 @@ def _install() -> None:
         if hasattr(libdevice, name):
             setattr(libdevice, name, _on_blocks(f))
     _accept_numpy_2_4()
+    _multiply_bfloat16()
 
 
 def _accept_numpy_2_4() -> None:
@@ -69,6 +84,25 @@ def _accept_numpy_2_4() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def _multiply_bfloat16() -> None:
+    """The interpreter has these numbers as uint16, which it multiplies as they are."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def as_float32(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar is not tl.bfloat16:
+            return x
+        bits = torch.from_numpy(x.data.astype("int32"))
+        return interpreter.TensorHandle((bits << 16).view(torch.float32).numpy(), tl.float32)
+
+    def patched(self: object, a: object, b: object, *rest: object) -> object:
+        return original(self, as_float32(a), as_float32(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = patched
 
 
 def _on_blocks(f: Callable[..., Tensor]) -> Callable:

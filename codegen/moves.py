@@ -29,7 +29,7 @@ class Move:
     lines: list[str]
 
 
-def _around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
     """The numbers of elements before, along and behind a dim."""
     dim = dim % max(1, len(shape))
     return numel(shape[:dim]), shape[dim] if shape else 1, numel(shape[dim + 1 :])
@@ -49,7 +49,7 @@ def _joined(xs: Sequence[Node], outer: int, widths: Sequence[int]) -> Move:
 
 def _cat(xs: Sequence[Node], dim: int = 0) -> Move:
     xs = [x for x in xs if _shape(x) != (0,)]
-    parts = [_around(_shape(x), dim) for x in xs]
+    parts = [around(_shape(x), dim) for x in xs]
     return _joined(xs, parts[0][0], [along * inner for _, along, inner in parts])
 
 
@@ -59,7 +59,7 @@ def _stack(xs: Sequence[Node], dim: int = 0) -> Move:
     return _joined(xs, outer, [numel(shape) // max(1, outer)] * len(xs))
 
 
-def _steps(shape: Sequence[int]) -> list[int]:
+def steps_of(shape: Sequence[int]) -> list[int]:
     """The strides of a dense tensor."""
     return [numel(shape[d + 1 :]) for d in range(len(shape))]
 
@@ -76,39 +76,46 @@ def _written(
     """`first`, then source `src`, of this shape, to places of the result."""
     names = [f"i{d}" for d in range(len(shape))]
     loops = [f"for (int64_t {i} = 0; {i} < {n}; {i}++)" for i, n in zip(names, shape, strict=True)]
-    to, at = ([f"{i} * {s}" for i, s in zip(names, steps, strict=True)] for steps in (steps, _steps(shape)))
+    to, at = ([f"{i} * {s}" for i, s in zip(names, steps, strict=True)] for steps in (steps, steps_of(shape)))
     return [
         *first,
         f"{' '.join(loops)} {{out}}[{' + '.join([str(offset), *to])}] = ({{{src}}})[{' + '.join(at) or 0}];",
     ]
 
 
-def _scatter(x: Node, src: Node, offset: int, steps: Sequence[int]) -> Move:
+def _scattered(place: Callable[..., tuple[int, list[int]]]) -> Callable[..., Move]:
     """`x` with `src` in place of a view of it."""
-    return Move(
-        [x, src],
-        _written([f"put<{{T}}, 1, {numel(_shape(x))}, 0>({{out}}, {{0}});"], 1, _shape(src), offset, steps),
-    )
+
+    def move(x: Node, src: Node, *args: int, **kwargs: int) -> Move:
+        offset, steps = place(_shape(x), *args, **kwargs)
+        first = [f"put<{{T}}, 1, {numel(_shape(x))}, 0>({{out}}, {{0}});"]
+        return Move([x, src], _written(first, 1, _shape(src), offset, steps))
+
+    return move
 
 
-def _slice_scatter(
-    x: Node, src: Node, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Move:
-    shape, steps = _shape(x), _steps(_shape(x))
-    dim = dim % len(shape)
+def place_of_slice(
+    shape: Sequence[int], dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> tuple[int, list[int]]:
+    """Offset and strides of a slice of a dense tensor."""
+    steps, dim = steps_of(shape), dim % len(shape)
     offset = _from_start(start, shape[dim]) * steps[dim]
-    return _scatter(x, src, offset, [s * step if d == dim else s for d, s in enumerate(steps)])
+    return offset, [s * step if d == dim else s for d, s in enumerate(steps)]
 
 
-def _select_scatter(x: Node, src: Node, dim: int, index: int) -> Move:
-    steps, dim = _steps(_shape(x)), dim % len(_shape(x))
-    return _scatter(x, src, index % _shape(x)[dim] * steps[dim], [*steps[:dim], *steps[dim + 1 :]])
+def place_of_select(shape: Sequence[int], dim: int, index: int) -> tuple[int, list[int]]:
+    """Offset and strides of what one index of a dim selects."""
+    steps, dim = steps_of(shape), dim % len(shape)
+    return index % shape[dim] * steps[dim], [*steps[:dim], *steps[dim + 1 :]]
 
 
-def _diagonal_scatter(x: Node, src: Node, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Move:
-    steps, ends = _steps(_shape(x)), [d % len(_shape(x)) for d in (dim1, dim2)]
+def place_of_diagonal(
+    shape: Sequence[int], offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> tuple[int, list[int]]:
+    """Offset and strides of a diagonal."""
+    steps, ends = steps_of(shape), [d % len(shape) for d in (dim1, dim2)]
     (a, b), rest = (steps[d] for d in ends), [s for d, s in enumerate(steps) if d not in ends]
-    return _scatter(x, src, max(-offset, 0) * a + max(offset, 0) * b, [*rest, a + b])
+    return max(-offset, 0) * a + max(offset, 0) * b, [*rest, a + b]
 
 
 def _pad(x: Node, pad: Sequence[int], value: float = 0) -> Move:
@@ -122,14 +129,14 @@ def _pad(x: Node, pad: Sequence[int], value: float = 0) -> Move:
     ]
     out = [a + n + b for a, n, b in zip(before, shape, after, strict=True)]
     fill = f"for (int64_t i = 0; i < {numel(out)}; i++) {{out}}[i] = {literal(value, x.meta['val'].dtype)};"
-    steps = _steps(out)
+    steps = steps_of(out)
     return Move(
         [x], _written([fill], 0, shape, sum(a * s for a, s in zip(before, steps, strict=True)), steps)
     )
 
 
 def _gather(x: Node, dim: int, index: Node, *, sparse_grad: bool = False) -> Move:
-    (outer, along, inner), count = _around(_shape(x), dim), _around(_shape(index), dim)[1]
+    (outer, along, inner), count = around(_shape(x), dim), around(_shape(index), dim)[1]
     at = dim % max(1, len(_shape(x)))
     return Move(
         [x, index], [f"gather<{{T}}, {outer}, {along}, {count}, {inner}, {at}>({{out}}, {{0}}, {{1}}, bad);"]
@@ -137,7 +144,7 @@ def _gather(x: Node, dim: int, index: Node, *, sparse_grad: bool = False) -> Mov
 
 
 def _scatter_add(x: Node, dim: int, index: Node, src: Node) -> Move:
-    (outer, along, inner), count = _around(_shape(x), dim), _around(_shape(index), dim)[1]
+    (outer, along, inner), count = around(_shape(x), dim), around(_shape(index), dim)[1]
     at = dim % max(1, len(_shape(x)))
     return Move([x, index, src], [f"put<{{T}}, 1, {outer * along * inner}, 0>({{out}}, {{0}});",
                 f"scatter_add<{{T}}, {outer}, {along}, {count}, {inner}, {at}>({{out}}, {{1}}, {{2}}, bad);"])  # fmt: skip
@@ -155,8 +162,8 @@ def _max_pool(
 
 
 MOVES: dict[object, Callable[..., Move]] = {
-    aten.cat.default: _cat, aten.stack.default: _stack, aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter, aten.diagonal_scatter.default: _diagonal_scatter,
+    aten.cat.default: _cat, aten.stack.default: _stack, aten.slice_scatter.default: _scattered(place_of_slice),
+    aten.select_scatter.default: _scattered(place_of_select), aten.diagonal_scatter.default: _scattered(place_of_diagonal),
     aten.constant_pad_nd.default: _pad, aten.gather.default: _gather, aten.scatter_add.default: _scatter_add,
     aten.max_pool2d_with_indices.default: _max_pool,
 }  # fmt: skip
@@ -188,10 +195,10 @@ def _indexing(n: Node) -> str | None:
         return f"an index of {index.meta['val'].dtype}"
     if n.meta["val"].dtype in (torch.float16, torch.bfloat16, torch.bool) and src:
         return f"a sum of {n.meta['val'].dtype}"
-    around = [_around(_shape(y), dim) for y in (x, index)]
+    sides = [around(_shape(y), dim) for y in (x, index)]
     if (
-        around[0][0] != around[1][0]
-        or around[0][2] != around[1][2]
+        sides[0][0] != sides[1][0]
+        or sides[0][2] != sides[1][2]
         or any(_shape(y) != _shape(index) for y in src)
     ):
         return "an index smaller than what it indexes"

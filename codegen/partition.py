@@ -47,6 +47,7 @@ from .expand import expand
 from .explain import Row, row
 from .loops import native
 from .lower import DTYPES, base, is_constant, is_free
+from .memory import results
 from .native import Native
 from .prepare import affine, refusal
 from .tasks import program as to_cpp
@@ -95,15 +96,15 @@ def _opened(graph: Graph, notes: list[str]) -> Graph:
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op is scan:
-            body = _flat(args[0])
+            body = flat(args[0])
             if _why_no_loop(body, kwargs["length"]) is not None:
-                body = _flat(
+                body = flat(
                     args[0], inside=False
                 )  # ATen's convolutions are better than what they are taken apart to
             return b.emit(op, (body, *args[1:]), kwargs)
         if op is not map_:
             return b.emit(op, args, kwargs)
-        body = _flat(args[0])
+        body = flat(args[0])
         why = _why_no_loop(body, kwargs["length"]) or cost.why_batched(
             body, kwargs["length"], kwargs["mapped"]
         )
@@ -132,10 +133,10 @@ def _in_blocks(b: Builder, body: Graph, operands: Sequence[Value], kwargs: dict)
     ]
     outs = inner.emit(map_, (body, tuple(ins)), kwargs | {"length": block})
     xs = [x.reshape([count, block, *x.shape[1:]]) if m else x for x, m in zip(operands, mapped, strict=True)]
-    results = b.emit(map_, (_flat(inner.finish(list(outs))), tuple(xs)), kwargs | {"length": count})
+    given = b.emit(map_, (flat(inner.finish(list(outs))), tuple(xs)), kwargs | {"length": count})
     return tuple(
         y if kind == "sum" else y.reshape([length, *y.shape[2:]])
-        for y, kind in zip(results, kwargs["outs"], strict=True)
+        for y, kind in zip(given, kwargs["outs"], strict=True)
     )
 
 
@@ -176,8 +177,8 @@ def _simpler(graph: Graph) -> Graph:
     return graph
 
 
-def _flat(body: Graph, inside: bool = True) -> Graph:
-    """A body with its own maps batched; not `inside` of a loop in C++ large convolutions stay."""
+def flat(body: Graph, inside: bool = True) -> Graph:
+    """A body with its own maps batched; not `inside` of a loop that is compiled large convolutions stay."""
     return affine(oriented(_simpler(expand(dce(batched(body)), inside))))
 
 
@@ -315,14 +316,14 @@ class _Partition:
                 self._outside(n, "too little for a program")
                 self._get(n)
             return
-        results = [r for n in inside for r in _results(n)]
+        made = [r for n in inside for r in results(n)]
         members = set(inside)
-        wanted = [r for r in results if self._read_outside(r, members)]
+        wanted = [r for r in made if self._read_outside(r, members)]
         bound = dict.fromkeys(
             x
             for n in inside
             for x in _sources(n)
-            if x not in members and x not in results and not is_constant(x)
+            if x not in members and x not in made and not is_constant(x)
         )
         graph = extract(list(bound), wanted)
         program = to_cpp(f"program_{len(self.programs) + 1}" if self.programs else "program", graph)
@@ -383,10 +384,6 @@ def _in_phases(graph: Graph, refusals: dict[Node, str | None]) -> list[Node]:
             native_at[n] = aten_at[n] + 1
         drawn = n if is_random(n) else drawn
     return sorted(graph.nodes, key=key.__getitem__)
-
-
-def _results(n: Node) -> list[Node]:
-    return [n] if isinstance(n.meta["val"], Val) else [u for u in n.users if u.target is getitem]
 
 
 def _sources(n: Node) -> list[Node]:

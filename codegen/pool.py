@@ -126,4 +126,4 @@ WAYS: dict[object, Callable] = {
 def is_taken(x: Value) -> bool:
     """True for planes that a kernel or a move reads."""
     known = not any(isinstance(s, Dim) for s in x.shape) and numel(x.shape) > 0
-    return known and x.dtype in DTYPES and x.device.type == "cpu"
+    return known and x.dtype in DTYPES

@@ -6,6 +6,7 @@ Calls become kernels of the loop IR, products and moves; what they read is a den
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection
 
 import torch
 from torch.fx import Node
@@ -104,10 +105,15 @@ turned = Op("turned")
 OWN[turned] = lambda val, shape: dataclasses.replace(val, shape=tuple(shape))
 
 
-def prepare(graph: Graph) -> Graph:
-    """The graph with products as the prelude takes them, each output a value of its own, and the rest as kernels."""
+def prepare(
+    graph: Graph, takes: Callable[[Node, Node], object] | None = None, moves: Collection = MOVES
+) -> Graph:
+    """The graph with each output a value of its own, products of factors that an emitter `takes`, and the rest as kernels.
+
+    That emitter is the prelude's if it is None, which has its own copies of transposed matrices."""
     b = Builder(None)
-    copy = Copies(b, turn=True)
+    turn, takes = takes is None, takes or form
+    copy = Copies(b, turn)
 
     def in_order(x):
         if isinstance(x, Value):
@@ -117,19 +123,19 @@ def prepare(graph: Graph) -> Graph:
     def call(op: Op, args: tuple, kwargs: dict):
         if op in (map_, scan):
             return b.emit(op, (args[0], *map(in_order, args[1:])), kwargs)
-        if op in MOVES:
+        if op in moves:
             return b.emit(op, tuple(map(in_order, args)), kwargs)
-        if op in POINTWISE or op in REDUCING:
+        if turn and (op in POINTWISE or op in REDUCING):
             args = tuple(copy(x) if isinstance(x, Value) and _is_turned_product(x.node) else x for x in args)
         if op not in PRODUCTS:
             return b.emit(op, args, kwargs)
         x, y = args
         if x.shape[-1] == 1:
             return b.emit(aten.mul.Tensor, (x, y))
-        if _is_by_columns(x.node, y.node):
+        if turn and _is_by_columns(x.node, y.node):
             return b.emit(op, (y.mT, x.mT)).mT
         ways = ((x, y), (x, copy(y)), (copy(x), y), (copy(x), copy(y)))
-        return b.emit(op, next((v, w) for v, w in ways if form(v.node, w.node)))
+        return b.emit(op, next((v, w) for v, w in ways if takes(v.node, w.node)))
 
     outs = b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call)
     final: list[Value] = []

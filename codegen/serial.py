@@ -17,7 +17,7 @@ from torch.fx import Node
 from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph, Literal, Op, Val, getitem
 
-from . import loops
+from . import loops, mapped
 from .native import Native
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}\Z")
@@ -116,6 +116,7 @@ _RECORDS = {
         loops.Apply,
         loops.Reduce,
         loops.Store,
+        mapped.Tasks,
     )
 }
 

@@ -26,7 +26,8 @@ from .cpp import TYPES, comment, function, name_of
 from .explain import Row, placed, row, source_line
 from .loops import Index, Kernel, Load
 from .loops import kernel as kernel_op
-from .lower import base, is_free
+from .lower import is_free
+from .memory import Memory, last_reads, results
 from .moves import MOVES
 from .native import Native
 from .prelude import prelude
@@ -37,32 +38,6 @@ from .triton import tile_of
 aten = torch.ops.aten
 
 BLOCKS, BLOCKS_BYTES = 64, 16 * 2**20  # of partial sums over examples
-
-
-# ---- scratch memory ----
-
-
-class _Memory:
-    """Offsets for buffers that come and go: the first gap that is large enough."""
-
-    def __init__(self) -> None:
-        self.live: list[tuple[int, int]] = []
-        self.size = 0
-
-    def take(self, size: int) -> int:
-        """The offset of a new buffer."""
-        size, at = -(-max(size, 1) // 64) * 64, 0
-        for start, end in sorted(self.live):
-            if start - at >= size:
-                break
-            at = end
-        self.live.append((at, at + size))
-        self.size = max(self.size, at + size)
-        return at
-
-    def free(self, at: int) -> None:
-        """Give a buffer back."""
-        self.live = [x for x in self.live if x[0] != at]
 
 
 # ---- C++ of a graph ----
@@ -115,7 +90,7 @@ class _Body:
         self.unit, self.graph, self.parallel, self.indent, self.name = unit, graph, parallel, indent, name
         self.places: dict[Node, str] = dict(zip(graph.inputs, inputs, strict=True))
         self.given = {n: p for n, p in zip(graph.outputs, outputs, strict=True) if p is not None}
-        self.memory, self.held = _Memory(), {}
+        self.memory, self.held = Memory(), {}
         self.unread: list[int] = []
         self.early: set[Node] = set()  # kernels that follow the rows of a product
         self.lines: list[str] = []
@@ -128,7 +103,7 @@ class _Body:
 
     def run(self) -> None:
         """Write all calls."""
-        last = self._last_reads()
+        last = last_reads(self.graph)
         for n in self.graph.nodes:
             self._comment(n)
             if n.target is not kernel_op and n.target is not getitem and not is_free(n):
@@ -152,29 +127,10 @@ class _Body:
             while self.unread:
                 self.memory.free(self.unread.pop())
 
-    def _last_reads(self) -> dict[Node, list[Node]]:
-        """For each call, the values that nobody reads after it."""
-        last: dict[Node, Node] = {}
-        for n in self.graph.nodes:
-            if not (is_free(n) or n.target is getitem):
-                last |= {m: n for x in n.all_input_nodes for m in [base(x)]}
-                last |= {m: n for m in self._results(n) if not any(u for u in m.users)}
-        kept, out = set(self.graph.outputs), {}
-        for m, n in last.items():
-            if m not in kept:
-                out.setdefault(n, []).append(m)
-        return out
-
     def pointer(self, n: Node) -> str:
         """Where a dense value or view begins."""
         node, offset, _ = strides(n)
         return self.places[node] + (f" + {offset}" if offset else "")
-
-    def _results(self, n: Node) -> list[Node]:
-        if isinstance(n.meta["val"], Val):
-            return [n]
-        found = {m.args[1]: m for m in n.users if m.target is getitem}
-        return [found[i] for i in sorted(found)]
 
     def _comment(self, n: Node) -> None:
         where = n.meta.get("source")
@@ -236,7 +192,7 @@ class _Body:
         """Pointers for all results of a call, read or not."""
         if isinstance(n.meta["val"], Val):
             return [self.place(n)]
-        found = {m.args[1]: m for m in self._results(n)}
+        found = {m.args[1]: m for m in results(n)}
         return [self.place(found[i]) if i in found else self._unread(v) for i, v in enumerate(n.meta["val"])]
 
     def _unread(self, val: Val) -> str:

@@ -1,15 +1,13 @@
-"""Loop IR -> Triton source -> cubin. Entry points: `source`, `compile`, `compile_graph`, `table`.
+"""Loop IR -> Triton source. Entry points: `source` (a module), `schedule` (its blocks), `load` (as a function).
 
 Programs cover the grid in blocks of `rows`, a kernel with reductions also its tile in blocks of `cols` (in a loop if it is
 large or symbolic). Blocks follow from shapes alone, so sums have one order. Padding, masks and offset widths exist only
-here. Triton is imported only by `compile`; the text runs as it is under TRITON_INTERPRET=1 (interpret.py).
+here. Nothing of Triton is imported; offline.py compiles the text, and it runs as it is under TRITON_INTERPRET=1 (interpret.py).
 """
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
-import functools
 import linecache
 import math
 import re
@@ -19,12 +17,9 @@ import torch
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Dim, Size, numel
-from fxfunc.passes.graph import Graph
 
-from .cubin import resources
 from .explain import source_line
-from .fuse import STAND_IN, fuse, kernels_of
-from .launch import Binary
+from .fuse import STAND_IN
 from .loops import Apply, Const, Index, Instr, Iota, Kernel, Load, Reduce, Store, neutral, value_names
 
 TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
@@ -111,11 +106,6 @@ class Schedule:
     wide: bool
     wide_cols: bool = False
 
-    @property
-    def maxnreg(self) -> int:
-        """Registers a thread may use: without a bound, ptxas was seen to choose 32 and spill."""
-        return min(255, 65536 // (32 * self.warps))
-
 
 def schedule(k: Kernel) -> Schedule:
     """The blocks of a kernel: a function of its shapes, symbolic ones taken for `STAND_IN`."""
@@ -130,12 +120,12 @@ def schedule(k: Kernel) -> Schedule:
     if not tile:
         return Schedule(1024 if rows >= 2**18 else 256 if rows > 128 else 128, 0, False, 4, wide)
     n = numel(tile)
-    width, fixed = _power(_estimate(n)), not isinstance(n, Dim)
+    width, fixed = power(_estimate(n)), not isinstance(n, Dim)
     if any(isinstance(x, Load) and x.index.tile[-1] == 1 for x in k.body):
         cols = min(width, 4096 if fixed else 1024)
-        block = _enough_programs(rows, min(_power(rows), 64, max(1, 1024 // cols)), 256 // cols)
+        block = _enough_programs(rows, min(power(rows), 64, max(1, 1024 // cols)), 256 // cols)
     else:
-        block = _enough_programs(rows, min(_power(rows), 64), 16)
+        block = _enough_programs(rows, min(power(rows), 64), 16)
         cols = min(width, 1024 // block)
     looped = not fixed or cols < n
     return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide, across >= 2**31)
@@ -168,7 +158,8 @@ def _estimate(x: Size) -> int:
     return x.at(dict.fromkeys(x.names(), STAND_IN)) if isinstance(x, Dim) else x
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
+    """The least power of two that is as large."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -177,32 +168,105 @@ def _power(n: int) -> int:
 
 def source(k: Kernel) -> str:
     """The kernel as a module of Triton source."""
-    lines = _Emitter(k).lines()
-    body = "\n".join(lines)
-    needed = [name for name in HELPERS if re.search(rf"\b{name}\b", body)]
+    return module("\n".join(["@triton.jit", *_Emitter(k).lines()]))
+
+
+def module(function: str) -> str:
+    """A function with what it needs before it."""
+    needed = [name for name in HELPERS if re.search(rf"\b{name}\b", function)]
     helpers = "".join(f"\n\n@triton.jit\ndef {name}{HELPERS[name]}\n" for name in needed)
     head = "import triton\nimport triton.language as tl\n"
-    if "libdevice." in body + helpers:
+    if "libdevice." in function + helpers:
         head += "from triton.language.extra import libdevice\n"
-    return f"{head}{helpers}\n\n@triton.jit\n{body}\n"
+    return f"{head}{helpers}\n\n{function}\n"
 
 
-class _Emitter:
-    """Emits one kernel. In a looped kernel, `depth` counts the reductions before a value: one loop over the tile a depth."""
+def reduced(op: str, value: str, axis: int) -> str:
+    """A block without a dim, which stays as one of size 1; truth values are int32 in and out."""
+    if op == "sum":
+        return f"tl.sum({value}, axis={axis}, keep_dims=True)"
+    return f"tl.reduce({value}, {axis}, {_COMBINE[op]}, keep_dims=True)"
+
+
+class Instructions:
+    """The instructions of a kernel as text. Subclasses say how memory is reached: `_load`, `_iota`, `_reduce`, `_store`.
+
+    `unit` is the shape of a block of one element, `args` and `values` are the names of arguments and values."""
+
+    unit: list[int]
+    args: list[str]
+    values: list[str]
 
     def __init__(self, k: Kernel):
-        self.k, self.schedule, self.tile = k, schedule(k), tile_of(k)
-        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
-                                *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
-        self.args, self.values = names[: len(k.args)], names[len(k.args) :]
+        self.k = k
         self.out: list[str] = []
         self.indent = "    "
         self.source = ""
-        self.depth = self._depths()
         self.consts = {i for i, x in enumerate(k.body) if isinstance(x, Const)}
         self.inline = {
             i for i in self.consts if all(self._is_literal(i, use) for use in k.body if i in use.inputs)
         }
+
+    def _emit(self, line: str) -> None:
+        self.out.append(self.indent + line)
+
+    def _instr(self, i: int) -> None:
+        x = self.k.body[i]
+        if i in self.inline:
+            return
+        self._comment(x)
+        if isinstance(x, Store):
+            self._store(i, x)
+        else:
+            text = getattr(self, f"_{type(x).__name__.lower()}")(i, x)
+            self._emit(f"{self.values[i]} = {text}")
+
+    def _comment(self, x: Instr) -> None:
+        if x.source and x.source != self.source:
+            self.source = x.source
+            self._emit(f"# {source_line(x.source)}")
+
+    def _const(self, i: int, x: Const) -> str:
+        if isinstance(x.value, Dim):
+            return f"{_size(x.value)}.to(tl.{TYPES[x.dtype]})"
+        return _full(self.unit, x.value, x.dtype)
+
+    def _apply(self, i: int, x: Apply) -> str:
+        args = [self._operand(j, x) for j in x.args]
+        operand = self.k.types[x.args[-1]][1]
+        if x.op == "cast":
+            return _cast(operand, x.dtype).format(*args)
+        template = TEMPLATES[x.op]
+        return (template if isinstance(template, str) else template(operand)).format(*args)
+
+    def _neutral(self, i: int, shape: Sequence[int] | None = None) -> str:
+        dtype = self.k.types[i][1]
+        return _full(list(shape or self.unit), neutral(self.k.body[i].op, dtype), dtype)
+
+    def _operand(self, i: int, use: Instr) -> str:
+        x = self.k.body[i]
+        return _literal(x.value) if isinstance(x, Const) and self._is_literal(i, use) else self.values[i]
+
+    def _is_literal(self, i: int, use: Instr) -> bool:
+        """True if the constant can stand as a number there: Triton then gives it the dtype of the other operand."""
+        x = self.k.body[i]
+        plain = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
+        plain = plain and not _is_negative_zero(x.value)
+        beside = isinstance(use, Apply) and use.op in _INFIX and any(j not in self.consts for j in use.args)
+        return plain and beside and abs(x.value) < 2**31
+
+
+class _Emitter(Instructions):
+    """Emits one kernel. In a looped kernel, `depth` counts the reductions before a value: one loop over the tile a depth."""
+
+    def __init__(self, k: Kernel):
+        super().__init__(k)
+        self.schedule, self.tile = schedule(k), tile_of(k)
+        self.unit = [1, 1] if self.tile else [1]
+        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
+                                *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
+        self.args, self.values = names[: len(k.args)], names[len(k.args) :]
+        self.depth = self._depths()
 
     def lines(self) -> list[str]:
         """The function, line by line."""
@@ -216,9 +280,6 @@ class _Emitter:
             for i in range(len(self.k.body)):
                 self._instr(i)
         return self.out
-
-    def _emit(self, line: str) -> None:
-        self.out.append(self.indent + line)
 
     # -- the index space --
 
@@ -311,28 +372,6 @@ class _Emitter:
 
     # -- instructions --
 
-    def _instr(self, i: int) -> None:
-        x = self.k.body[i]
-        if i in self.inline:
-            return
-        self._comment(x)
-        if isinstance(x, Store):
-            self._store(i, x)
-        else:
-            text = {
-                Load: self._load,
-                Const: self._const,
-                Iota: self._iota,
-                Apply: self._apply,
-                Reduce: self._reduce,
-            }[type(x)](i, x)
-            self._emit(f"{self.values[i]} = {text}")
-
-    def _comment(self, x: Instr) -> None:
-        if x.source and x.source != self.source:
-            self.source = x.source
-            self._emit(f"# {source_line(x.source)}")
-
     def _load(self, i: int, x: Load) -> str:
         offset, mask = self._offset(x.index), self._mask(x.index)
         if x.mask is not None:
@@ -356,19 +395,6 @@ class _Emitter:
     def _iota(self, i: int, x: Iota) -> str:
         return f"({self._offset(x.index) or 'row * 0'}).to(tl.int64)"
 
-    def _const(self, i: int, x: Const) -> str:
-        if isinstance(x.value, Dim):
-            return f"{_size(x.value)}.to(tl.{TYPES[x.dtype]})"
-        return _full([1, 1] if self.tile else [1], x.value, x.dtype)
-
-    def _apply(self, i: int, x: Apply) -> str:
-        args = [self._operand(j, x) for j in x.args]
-        operand = self.k.types[x.args[-1]][1]
-        if x.op == "cast":
-            return _cast(operand, x.dtype).format(*args)
-        template = TEMPLATES[x.op]
-        return (template if isinstance(template, str) else template(operand)).format(*args)
-
     def _reduce(self, i: int, x: Reduce) -> str:
         whole = self.schedule.cols == numel(x.shape) and self.k.types[x.x][0] == x.shape
         value = self._operand(x.x, x)
@@ -376,29 +402,11 @@ class _Emitter:
 
     def _reduced(self, i: int, value: str) -> str:
         op = self.k.body[i].op
-        if op == "sum":
-            return f"tl.sum({value}, axis=1)[:, None]"
-        if op in ("any", "all"):
-            return f"tl.reduce(({value}).to(tl.int32), 1, {_COMBINE[op]})[:, None] != 0"
-        return f"tl.reduce({value}, 1, {_COMBINE[op]})[:, None]"
-
-    def _neutral(self, i: int, shape: Sequence[int] = (1, 1)) -> str:
-        dtype = self.k.types[i][1]
-        return _full(list(shape), neutral(self.k.body[i].op, dtype), dtype)
-
-    # -- operands --
-
-    def _operand(self, i: int, use: Instr) -> str:
-        x = self.k.body[i]
-        return _literal(x.value) if isinstance(x, Const) and self._is_literal(i, use) else self.values[i]
-
-    def _is_literal(self, i: int, use: Instr) -> bool:
-        """True if the constant can stand as a number there: Triton then gives it the dtype of the other operand."""
-        x = self.k.body[i]
-        plain = x.dtype in (torch.float32, torch.int64, torch.int32) and not isinstance(x.value, Dim)
-        plain = plain and not _is_negative_zero(x.value)
-        beside = isinstance(use, Apply) and use.op in _INFIX and any(j not in self.consts for j in use.args)
-        return plain and beside and abs(x.value) < 2**31
+        return (
+            f"{reduced(op, f'({value}).to(tl.int32)', 1)} != 0"
+            if op in ("any", "all")
+            else reduced(op, value, 1)
+        )
 
 
 def _size(x: Size) -> str:
@@ -441,75 +449,13 @@ def _cast(old: torch.dtype, new: torch.dtype) -> str:
     return "{0}" + "".join(f".to(tl.{t})" for t in [*steps, TYPES[new]])
 
 
-# ---- compile ----
+# ---- as a function ----
 
 
-def programs(k: Kernel) -> Size:
-    """The number of programs that cover the grid."""
-    rows = schedule(k).rows
-    return (numel(k.grid) + (rows - 1)) // rows
-
-
-def load(k: Kernel, text: str) -> Callable:
-    """The jitted function of a kernel's source, which stays readable by tracebacks and by Triton."""
-    name = f"<fxfunc kernel {k.name} {hash(text) & 0xFFFFFFFF:x}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+def load(name: str, text: str) -> Callable:
+    """The jitted function of a name in a module's source, which stays readable by tracebacks and by Triton."""
+    file = f"<fxfunc kernel {name} {hash(text) & 0xFFFFFFFF:x}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict = {"__name__": "fxfunc_kernel"}
-    exec(builtins.compile(text, name, "exec"), scope)
-    return scope[k.name]
-
-
-def capability_of(target: str) -> int:
-    """`cuda:90` -> 90, or `BackendError`."""
-    found = re.fullmatch(r"cuda:(\d{2,3})", target)
-    if found is None or int(found[1]) not in CAPABILITIES:
-        known = ", ".join(f"cuda:{c}" for c in CAPABILITIES)
-        raise errors.BackendError(
-            backend="triton", what=f"no such target: {target!r}", instead=f"Use one of {known}."
-        )
-    return int(found[1])
-
-
-CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
-
-
-@functools.lru_cache(maxsize=512)
-def compile(k: Kernel, target: str = "cuda:90") -> Binary:
-    """The kernel for a target, compiled without a device."""
-    capability = capability_of(target)
-    try:
-        from triton.backends.compiler import GPUTarget
-
-        import triton
-    except ImportError as e:
-        raise errors.BackendError(
-            backend="triton", what="triton is not installed", instead="pip install triton."
-        ) from e
-    s, text = schedule(k), source(k)
-    types = [*(POINTERS[a.dtype] for a in k.args), *("i64" for _ in k.sizes)]
-    fn = load(k, text)
-    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
-    ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
-    # As nvcc compiles ATen: no fused multiply-adds, and subnormal numbers count.
-    exact = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
-    options = {"num_warps": s.warps, "maxnreg": s.maxnreg, **exact}
-    done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
-    m, cubin = done.metadata, done.asm["cubin"]
-    used = resources(cubin, m.name)
-    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
-                  rows=s.rows, warps=s.warps, shared=m.shared, regs=used.regs, spills=used.stack,
-                  scratch=(m.global_scratch_size, m.global_scratch_align),
-                  profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
-
-
-def compile_graph(graph: Graph, target: str = "cuda:90") -> tuple[Graph, dict[str, Binary]]:
-    """The graph with its groups as `kernel` nodes, and each distinct kernel compiled, by name."""
-    capability_of(target)
-    fused = fuse(graph)
-    return fused, {k.name: dataclasses.replace(compile(k, target), kernel=k) for k in kernels_of(fused)}
-
-
-def table(binaries: dict[str, Binary]) -> list[dict[str, object]]:
-    """A row a kernel: name, registers a thread, bytes of stack a thread (spills), shared memory, cubin bytes."""
-    return [{"name": name, "regs": b.regs, "spills": b.spills, "smem": b.shared, "size": len(b.cubin)}
-            for name, b in binaries.items()]  # fmt: skip
+    exec(compile(text, file, "exec"), scope)
+    return scope[name]

@@ -20,12 +20,16 @@ from kernel_cases import (
     random_case,
     run,
 )
+from task_cases import TASKS, Mapped, graph_and_inputs, random_tasks
 
 import fxfunc
 from fxfunc.bench import digits
+from fxfunc.codegen import eager, grid
 from fxfunc.codegen.fuse import fuse, kernels_of
+from fxfunc.codegen.grid import with_tasks
 from fxfunc.codegen.interpret import interpret
-from fxfunc.passes.pipeline import lowered
+from fxfunc.codegen.mapped import Tasks
+from fxfunc.passes.pipeline import for_aten, lowered
 
 
 def check_op(case: Case) -> None:
@@ -58,10 +62,32 @@ def check_maml(case: Case) -> None:
     assert_equal(run(fused, inputs, {"tasks": 2}, interpret), run(graph, inputs, {"tasks": 2}), scale=20)
 
 
+def check_tasks(case: Mapped) -> None:
+    """The kernels of a map."""
+    for tasks in case.tasks or (0,):
+        graph, inputs = graph_and_inputs(case, tasks)
+        sizes, notes = {"tasks": tasks} if tasks else {}, []
+        fused = fuse(lowered(with_tasks(graph, "ieee", notes)))
+        assert not notes and any(isinstance(k, Tasks) for k in kernels_of(fused))
+        wanted = eager.emit(for_aten(lowered(graph)))(inputs)
+        assert_equal(run(fused, inputs, sizes, interpret), wanted, scale=40)
+
+
+def check_random_tasks(case: Case) -> None:
+    """A random program as a map, and each of its tasks alone."""
+    tasks, operands = random_tasks(int(case.name.split("-")[1]))
+    found = interpret(tasks, operands)
+    for i in range(tasks.length):
+        wanted = run(tasks.body, [x[i] for x in operands], {})
+        assert_equal([x[i] for x in found], wanted, scale=20)
+
+
 def failures(wanted: list[str]) -> Iterator[str]:
     """Name and traceback of each case that fails."""
     cases = [(check_op, c) for c in OPS + OPS_F64 + OPS_BF16]
     cases += [(check_pattern, c) for c in PATTERNS + [random_case(seed) for seed in range(30)]]
+    cases += [(check_tasks, c) for c in TASKS]
+    cases += [(check_random_tasks, Case(f"tasks-{seed}", None, ())) for seed in range(30)]
     cases.append((check_maml, Case("maml", None, ())))
     for check, case in cases:
         if wanted and case.name not in wanted:
@@ -73,6 +99,7 @@ def failures(wanted: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    grid.MOST_PROGRAMS = 4  # so that programs have several tasks
     found = list(failures(sys.argv[1:]))
     print("\n".join(found))
     sys.exit(len(found) > 0)

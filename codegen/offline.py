@@ -1,0 +1,119 @@
+"""Triton source -> cubin, with or without a device. Entry points: `compile` (a kernel), `compile_graph`, `table`.
+
+Triton is imported only here, when the first kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import torch
+
+from fxfunc.passes import errors
+from fxfunc.passes.dump import saw
+from fxfunc.passes.graph import Graph
+from fxfunc.passes.pipeline import lowered
+
+from . import tiles
+from .cubin import resources
+from .fuse import fuse, kernels_of
+from .grid import with_tasks
+from .launch import Binary
+from .loops import Kernel, kernel
+from .mapped import Tasks
+from .tile_program import WARPS
+from .triton import POINTERS, load, schedule, source
+
+CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
+# Of products of float32 in kernels. The first two are as accurate as float32 multiplications, tf32x3 almost, tf32 is not.
+PRECISIONS = ("ieee", "bf16x6", "tf32x3", "tf32")
+
+
+def capability_of(target: str) -> int:
+    """`cuda:90` -> 90, or `BackendError`."""
+    found = re.fullmatch(r"cuda:(\d{2,3})", target)
+    if found is None or int(found[1]) not in CAPABILITIES:
+        known = ", ".join(f"cuda:{c}" for c in CAPABILITIES)
+        raise errors.BackendError(
+            backend="triton", what=f"no such target: {target!r}", instead=f"Use one of {known}."
+        )
+    return int(found[1])
+
+
+def precision_for(target: str, precision: str | None = None) -> str:
+    """That of products of float32; None: as accurate as float32, or what torch.set_float32_matmul_precision allows."""
+    if precision is not None and precision not in PRECISIONS:
+        raise errors.BackendError(
+            backend="triton",
+            what=f"no such precision: {precision!r}",
+            instead=f"Use one of {', '.join(PRECISIONS)}.",
+        )
+    if precision is None and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return precision or ("bf16x6" if capability_of(target) >= 90 else "ieee")
+
+
+@functools.lru_cache(maxsize=512)
+def compile(k: Kernel | Tasks, target: str = "cuda:90", precision: str | None = None) -> Binary:
+    """The kernel for a target, compiled without a device."""
+    capability = capability_of(target)
+    try:
+        from triton.backends.compiler import GPUTarget
+
+        import triton
+    except ImportError as e:
+        raise errors.BackendError(
+            backend="triton", what="triton is not installed", instead="pip install triton."
+        ) from e
+    if isinstance(k, Tasks):
+        made = tiles.source(k, precision_for(target, precision))
+        text, warps, rows, workspace, checks = made.text, WARPS, 1, made.workspace, made.checks
+    else:
+        s = schedule(k)
+        text, warps, rows, workspace, checks = source(k), s.warps, s.rows, None, False
+    types = [POINTERS[a.dtype] for a in k.args]
+    types += ["*u8"] * (workspace is not None) + ["i64"] * len(k.sizes)
+    fn = load(k.name, text)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
+    ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
+    # As nvcc compiles ATen: no fused multiply-adds, and subnormal numbers count.
+    exact = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+    options = {"num_warps": warps, "maxnreg": maxnreg(warps), **exact}
+    options |= {"debug": True, "sanitize_overflow": False} if checks else {}
+    done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
+    m, cubin = done.metadata, done.asm["cubin"]
+    used = resources(cubin, m.name)
+    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
+                  rows=rows, warps=warps, shared=m.shared, regs=used.regs, spills=used.stack, workspace=workspace,
+                  scratch=(m.global_scratch_size, m.global_scratch_align),
+                  profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
+
+
+def maxnreg(warps: int) -> int:
+    """Registers a thread may use: without a bound, ptxas was seen to choose 32 and spill."""
+    return min(255, 65536 // (32 * warps))
+
+
+def compile_graph(
+    graph: Graph, target: str = "cuda:90", precision: str | None = None, notes: list[str] | None = None
+) -> tuple[Graph, dict[str, Binary]]:
+    """The graph with its maps and groups as `kernel` nodes, and each distinct kernel compiled, by name.
+
+    Why maps are none is added to `notes`."""
+    precision = precision_for(target, precision)
+    tasks = saw("tasks", with_tasks(graph, precision, [] if notes is None else notes))
+    fused = fuse(lowered(tasks))
+    for n in fused.nodes:
+        if n.target is kernel and isinstance(n.args[0], Tasks):
+            n.meta["members"] = tiles.source(n.args[0], precision).rows
+    return fused, {
+        k.name: dataclasses.replace(compile(k, target, precision), kernel=k) for k in kernels_of(fused)
+    }
+
+
+def table(binaries: dict[str, Binary]) -> list[dict[str, object]]:
+    """A row a kernel: name, registers a thread, bytes of stack a thread (spills), shared memory, cubin bytes."""
+    return [{"name": name, "regs": b.regs, "spills": b.spills, "smem": b.shared, "size": len(b.cubin)}
+            for name, b in binaries.items()]  # fmt: skip
