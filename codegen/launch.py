@@ -1,4 +1,4 @@
-"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`, `bind`.
+"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`, `Launcher`.
 
 Needs neither Triton nor a C compiler. The parameters of a Triton kernel are its runtime arguments in order, then two
 pointers: global scratch and profile scratch, null where the kernel uses none. Kernels run on torch's current stream.
@@ -6,12 +6,17 @@ pointers: global scratch and profile scratch, null where the kernel uses none. K
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+import struct
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +25,21 @@ from fxfunc.passes import errors
 from fxfunc.passes.dims import Size, at, numel
 
 from .loops import Kernel, verify_sizes
+from .mapped import Tasks
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED = 48 * 1024
 _ALIGNMENT = 16  # bytes; the kernels are compiled for pointers that are so aligned
-_SCALARS = {"i64": ctypes.c_int64, "i32": ctypes.c_int32, "fp32": ctypes.c_float, "fp64": ctypes.c_double}
+_SCALARS = {"i64": "q", "i32": "i4x", "fp32": "f4x", "fp64": "d"}
+_PLANS = 256  # of sizes that are remembered
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Binary:
     """A kernel compiled for a target: code, source, and what a launch needs. `types` are those of the parameters in order."""
 
-    kernel: Kernel
+    kernel: Kernel | Tasks
     name: str
     target: str
     cubin: bytes = dataclasses.field(repr=False)
@@ -43,6 +51,9 @@ class Binary:
     shared: int
     regs: int
     spills: int
+    workspace: int | None = (
+        None  # bytes a program of memory for what is between calls of a task; None: not a map
+    )
     scratch: tuple[int, int] = (0, 1)  # bytes a program, alignment
     profile: tuple[int, int] = (0, 1)
 
@@ -68,10 +79,22 @@ class Binary:
                 "launch.json": json.dumps(meta, indent=1).encode()}  # fmt: skip
 
 
-_META = ("name", "target", "types", "rows", "warps", "shared", "regs", "spills", "scratch", "profile")
+_META = (
+    "name",
+    "target",
+    "types",
+    "rows",
+    "warps",
+    "shared",
+    "regs",
+    "spills",
+    "workspace",
+    "scratch",
+    "profile",
+)
 
 
-def read(kernel: Kernel, files: dict[str, bytes]) -> Binary:
+def read(kernel: Kernel | Tasks, files: dict[str, bytes]) -> Binary:
     """The binary of `kernel` from its files; `BackendError` if they are of another kernel."""
     meta = json.loads(files["launch.json"])
     if meta.pop("kernel") != str(kernel):
@@ -87,7 +110,6 @@ class Driver:
 
     def __init__(self, lib: object):
         self.lib = lib
-        self.functions: dict[tuple[bytes, str, int], ctypes.c_void_p] = {}
 
     def call(self, name: str, *args: object) -> None:
         """Call `name`; `BackendError` with the driver's message if it fails."""
@@ -108,17 +130,14 @@ class Driver:
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
             self.call("cuCtxSetCurrent", context)
 
-    def function(self, binary: Binary, device: int) -> ctypes.c_void_p:
-        """The loaded kernel; a module is loaded once for each device."""
-        key = (binary.cubin, binary.name, device)
-        if key not in self.functions:
-            module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            self.call("cuModuleLoadData", ctypes.byref(module), binary.cubin)
-            self.call("cuModuleGetFunction", ctypes.byref(function), module, binary.name.encode())
-            if binary.shared > _OPT_IN_SHARED:
-                self.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, binary.shared)
-            self.functions[key] = function
-        return self.functions[key]
+    def function(self, binary: Binary, code: bytes) -> ctypes.c_void_p:
+        """The kernel, loaded from its cubin or PTX to the current context."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), code)
+        self.call("cuModuleGetFunction", ctypes.byref(function), module, binary.name.encode())
+        if binary.shared > _OPT_IN_SHARED:
+            self.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, binary.shared)
+        return function
 
 
 @functools.cache
@@ -132,80 +151,143 @@ def driver() -> Driver:
         ) from e
 
 
+class Launcher:
+    """A binary as a function of its operands (CUDA tensors of one device) and, by name, its sizes; gives all outputs.
+
+    It runs on torch's current stream and does not wait for it. What does not change from call to call is done once: the check of
+    the device and loading (a device), checking sizes and shapes of outputs (sizes), and making the context current (a thread).
+    """
+
+    def __init__(self, binary: Binary, cuda: Driver | None = None):
+        self.binary, self.cuda = binary, cuda
+        self._functions: dict[int, ctypes.c_void_p] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._free: list[Cells] = []
+        self._threads = threading.local()
+
+    def __call__(self, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
+        device = operands[0].device
+        with torch.cuda.device(device) if torch.cuda.current_device() != device.index else _NOTHING:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            return self.start(operands, sizes, device.index, stream)
+
+    def start(
+        self, operands: Sequence[Tensor], sizes: dict[str, int], device: int, stream: int
+    ) -> tuple[Tensor, ...]:
+        """Allocate the outputs and launch on a stream of the current device."""
+        values = tuple(sizes[name] for name in self.binary.kernel.sizes)
+        plan = self._plans.get(values) or self._planned(values, sizes)
+        inputs = [x if _is_dense(x) else _dense(x) for x in operands]
+        first = inputs[0]
+        outputs = tuple([first.new_empty(shape, dtype=dtype) for shape, dtype in plan.outputs])
+        if plan.count:
+            function = self._functions.get(device) or self._load(device, operands[0].device)
+            if not getattr(self._threads, "ready", False):
+                self._driver().ensure_context(device)
+                self._threads.ready = True
+            memory = [first.new_empty(n, dtype=torch.uint8) if n else None for n in plan.memory]
+            work, scratch = memory[: len(memory) - 2], memory[-2:]
+            pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *outputs, *work)]
+            last = [0 if x is None else x.data_ptr() for x in scratch]
+            cells = self._cells()
+            cells.pack((*pointers, *values), last)
+            self._driver().call("cuLaunchKernel", function, plan.count, 1, 1, 32 * self.binary.warps, 1, 1, self.binary.shared,
+                                ctypes.c_void_p(stream), cells.params, None)  # fmt: skip
+            self._free.append(cells)
+        return outputs
+
+    def _cells(self) -> Cells:
+        """Memory for the parameters that no other thread has."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Cells(self.binary.types)
+
+    def _driver(self) -> Driver:
+        if self.cuda is None:
+            self.cuda = driver()
+        return self.cuda
+
+    def _load(self, device: int, where: torch.device) -> ctypes.c_void_p:
+        """The function on a device."""
+        self._driver().ensure_context(device)
+        capability = torch.cuda.get_device_capability(where) if where.type == "cuda" else None
+        code = self.binary.cubin if capability is None else code_for(self.binary, capability)
+        self._functions[device] = self._driver().function(self.binary, code)
+        return self._functions[device]
+
+    def _planned(self, values: tuple[int, ...], sizes: dict[str, int]) -> _Plan:
+        """What follows from sizes, which are checked."""
+        b = self.binary
+        if isinstance(b.kernel, Kernel):
+            verify_sizes(b.kernel, sizes)
+        count = at(b.programs, sizes)
+        needs = [*([] if b.workspace is None else [b.workspace]), b.scratch[0], b.profile[0]]
+        outputs = [([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.outputs]
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        plan = self._plans[values] = _Plan(count, outputs, [n * count for n in needs])
+        return plan
+
+
+class _Plan(NamedTuple):
+    """Of given sizes: programs, shapes and dtypes of outputs, and bytes of scratch memory of each kind."""
+
+    count: int
+    outputs: list[tuple[list[int], torch.dtype]]
+    memory: list[int]
+
+
+class Cells:
+    """The parameters of a launch and two pointers to scratch memory, each in a cell of its type, and pointers to the cells."""
+
+    def __init__(self, types: Sequence[str]):
+        formats = [*map(_format, types), "Q", "Q"]
+        widths = [struct.calcsize(f"<{f}") for f in formats]
+        self._pack = struct.Struct("<" + "".join(formats)).pack_into
+        self.memory = (ctypes.c_char * sum(widths))()
+        starts = itertools.accumulate(widths[:-1], initial=ctypes.addressof(self.memory))
+        self.params = (ctypes.c_void_p * len(widths))(*starts)
+
+    def pack(self, values: Sequence[int | float], scratch: Sequence[int]) -> None:
+        """Write all values."""
+        self._pack(self.memory, 0, *values, *scratch)
+
+
+def _format(kind: str) -> str:
+    """How a value of a recorded type is packed; a pointer is a u64. Each takes eight bytes, so that all are aligned."""
+    return "Q" if kind.startswith("*") else _SCALARS[kind]
+
+
 def launch(binary: Binary, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
     """The outputs of a kernel on CUDA tensors, in order of its output arguments."""
-    device = operands[0].device
-    _check_once(binary, device)
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        return start(driver(), binary, operands, sizes, device.index or 0, stream)
-
-
-def bind(binary: Binary) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """The kernel as a function of its operands and, by name, its sizes; one output is not a tuple."""
-
-    def call(*operands: Tensor, **sizes: int) -> Tensor | tuple[Tensor, ...]:
-        outputs = launch(binary, operands, sizes)
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    return call
+    return _launcher(binary)(operands, sizes)
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_once(binary: Binary, device: torch.device) -> None:
-    check_device(binary, torch.cuda.get_device_capability(device))
+def _launcher(binary: Binary) -> Launcher:
+    return Launcher(binary)
 
 
-@functools.lru_cache(maxsize=4096)
-def _check_sizes(binary: Binary, sizes: tuple[tuple[str, int], ...]) -> None:
-    verify_sizes(binary.kernel, dict(sizes))
-
-
-def check_device(binary: Binary, capability: tuple[int, int]) -> None:
-    """`BackendError` unless a device of this compute capability runs the code."""
+def code_for(binary: Binary, capability: tuple[int, int]) -> bytes:
+    """The cubin if a device of this compute capability runs it, else the PTX if it can be compiled for it, or `BackendError`."""
     built = divmod(int(re.sub(r"\D", "", binary.target)), 10)
-    runs = capability == built if built >= (9, 0) else capability[0] == built[0] and capability[1] >= built[1]
-    if not runs:
-        here = f"cuda:{capability[0]}{capability[1]}"
-        what = f"{binary.name} was compiled for {binary.target}, the device is {here}"
-        raise errors.BackendError(backend="triton", what=what, instead=f'Compile with target="{here}".')
+    has_features = built >= (9, 0)  # of that architecture alone (sm_90a)
+    if capability == built or (not has_features and capability[0] == built[0] and capability[1] >= built[1]):
+        return binary.cubin
+    if not has_features and capability > built:
+        return binary.ptx.encode() + b"\0"
+    here = f"cuda:{capability[0]}{capability[1]}"
+    what = f"{binary.name} was compiled for {binary.target}, the device is {here}"
+    raise errors.BackendError(backend="triton", what=what, instead=f'Compile with target="{here}".')
 
 
-def start(cuda: Driver, binary: Binary, operands: Sequence[Tensor], sizes: dict[str, int], device: int,
-          stream: int) -> tuple[Tensor, ...]:  # fmt: skip
-    """Allocate the outputs and launch, on a given driver and stream."""
-    k = binary.kernel
-    _check_sizes(binary, tuple(sizes.items()))
-    inputs = [_dense(x) for x in operands]
-    outputs = [inputs[0].new_empty([at(s, sizes) for s in a.shape], dtype=a.dtype) for a in k.outputs]
-    count = at(binary.programs, sizes)
-    if count:
-        cuda.ensure_context(device)
-        scratch = [_scratch(inputs[0], count, *need) for need in (binary.scratch, binary.profile)]
-        pointers = [x.data_ptr() for x in (*inputs, *outputs)]
-        cells = pack(binary.types, [*pointers, *(sizes[name] for name in k.sizes)])
-        cells += [ctypes.c_uint64(x.data_ptr() if x is not None else 0) for x in scratch]
-        params = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(c) for c in cells))
-        threads = 32 * binary.warps
-        cuda.call("cuLaunchKernel", cuda.function(binary, device), count, 1, 1, threads, 1, 1, binary.shared,
-                  ctypes.c_void_p(stream), params, None)  # fmt: skip
-    return tuple(outputs)
-
-
-def pack(types: Sequence[str], values: Sequence[int | float]) -> list:
-    """Each value as a cell of its recorded type; a pointer is a u64."""
-    return [
-        ctypes.c_uint64(v) if t.startswith("*") else _SCALARS[t](v)
-        for t, v in zip(types, values, strict=True)
-    ]
+def _is_dense(x: Tensor) -> bool:
+    """True for what the kernels read as it is: row-major, aligned, without a negative bit."""
+    return x.is_contiguous() and not x.data_ptr() % _ALIGNMENT and not x.is_neg()
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Row-major and aligned as the kernels expect, without a negative bit; a copy only where it is not."""
+    """A copy as the kernels expect it."""
     x = x.resolve_neg().contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
-
-
-def _scratch(like: Tensor, count: int, size: int, alignment: int) -> Tensor | None:
-    """Scratch memory for all programs; torch allocates it more aligned than kernels ask for."""
-    return like.new_empty(size * count, dtype=torch.uint8) if size else None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import dataclasses
 
 import pytest
 import torch
 from kernel_cases import F16, F32, PATTERNS, Case, In, T, assert_equal, graph_of, inputs_of, run
+from task_cases import TASKS, graph_and_inputs
 
-from fxfunc.codegen import launch
+from fxfunc.codegen import eager, launch
 from fxfunc.codegen.fuse import fuse, kernels_of
+from fxfunc.codegen.grid import with_tasks
 from fxfunc.codegen.loops import Arg, Kernel
 from fxfunc.passes import errors
 from fxfunc.passes.errors import BackendError
+from fxfunc.passes.pipeline import for_aten, lowered
 
 aten = torch.ops.aten
 U64, I64 = ctypes.c_uint64, ctypes.c_int64
@@ -72,7 +76,7 @@ def operands(rows: int = 10) -> list[torch.Tensor]:
 
 def test_parameters_are_packed_in_order_with_two_null_scratch_pointers():
     lib, xs = RecordingDriver(), operands()
-    (out,) = launch.start(launch.Driver(lib), binary(), xs, {"T": 10}, 0, 77)
+    (out,) = launch.Launcher(binary(), launch.Driver(lib)).start(xs, {"T": 10}, 0, 77)
     ((numbers, params),) = lib.launches
     assert params == [xs[0].data_ptr(), xs[1].data_ptr(), out.data_ptr(), 10, 0, 0]
     assert numbers == (3, 1, 1, 128, 1, 1, 0, 77)
@@ -83,15 +87,19 @@ def test_parameters_are_packed_in_order_with_two_null_scratch_pointers():
     ("kind", "value"), [("i64", -(2**40)), ("i32", -5), ("fp32", 0.5), ("fp64", 0.1), ("*fp32", 2**63)]
 )
 def test_a_value_is_packed_as_its_recorded_type(kind, value):
-    (cell,) = launch.pack([kind], [value])
-    assert cell.value == value and ctypes.sizeof(cell) == (4 if kind in ("i32", "fp32") else 8)
+    types = {"i64": I64, "i32": ctypes.c_int32, "fp32": ctypes.c_float, "fp64": ctypes.c_double, "*fp32": U64}
+    cells = launch.Cells(("i32", kind))
+    cells.pack((7, value), (1, 2))
+    found = [ctypes.cast(p, ctypes.POINTER(t)).contents.value
+             for p, t in zip(cells.params, (ctypes.c_int32, types[kind], U64, U64), strict=True)]  # fmt: skip
+    assert found == [7, value, 1, 2]
 
 
 def test_a_module_is_loaded_once_for_each_device():
     lib, b = RecordingDriver(), binary()
-    cuda = launch.Driver(lib)
+    start = launch.Launcher(b, launch.Driver(lib)).start
     for device in (0, 0, 1):
-        launch.start(cuda, b, operands(), {"T": 10}, device, 0)
+        start(operands(), {"T": 10}, device, 0)
     assert [code for _, code in lib.named("cuModuleLoadData")] == [b"code"] * 2
     assert len({args[0].value for args in lib.named("cuLaunchKernel")}) == 2
 
@@ -99,28 +107,39 @@ def test_a_module_is_loaded_once_for_each_device():
 @pytest.mark.parametrize(("shared", "asked"), [(1024, []), (48 * 1024, []), (100_000, [(8, 100_000)])])
 def test_shared_memory_above_48_kb_is_asked_for(shared, asked):
     lib = RecordingDriver()
-    launch.start(launch.Driver(lib), binary(shared=shared), operands(), {"T": 10}, 0, 0)
+    launch.Launcher(binary(shared=shared), launch.Driver(lib)).start(operands(), {"T": 10}, 0, 0)
     assert [args[1:] for args in lib.named("cuFuncSetAttribute")] == asked
     assert lib.launches[0][0][6] == shared
 
 
 def test_scratch_is_allocated_for_every_program():
     lib = RecordingDriver()
-    launch.start(launch.Driver(lib), binary(scratch=(64, 16)), operands(), {"T": 10}, 0, 0)
+    launch.Launcher(binary(scratch=(64, 16)), launch.Driver(lib)).start(operands(), {"T": 10}, 0, 0)
     params = lib.launches[0][1]
     assert params[4] != 0 and params[5] == 0
 
 
+def test_a_map_gets_memory_between_its_outputs_and_its_sizes():
+    lib, seen = RecordingDriver(), []
+    b = binary(workspace=256, types=("*fp32", "*fp16", "*fp32", "*u8", "i64"))
+    lib.record = lambda function, *rest: seen.extend(
+        ctypes.cast(p, ctypes.POINTER(t)).contents.value
+        for p, t in zip(rest[-2], (U64,) * 4 + (I64, U64, U64), strict=True)
+    )
+    launch.Launcher(b, launch.Driver(lib)).start(operands(), {"T": 10}, 0, 0)
+    assert seen[3] not in (0, *seen[:3]) and seen[4:] == [10, 0, 0]
+
+
 def test_no_rows_no_launch():
     lib = RecordingDriver()
-    (out,) = launch.start(launch.Driver(lib), binary(), operands(0), {"T": 0}, 0, 0)
+    (out,) = launch.Launcher(binary(), launch.Driver(lib)).start(operands(0), {"T": 0}, 0, 0)
     assert out.shape == (0,) and not lib.calls
 
 
 def test_operands_that_are_not_dense_or_not_aligned_are_copied():
     strided, shifted = torch.zeros(4, 10).t(), torch.zeros(5, dtype=F16)[1:]
     lib = RecordingDriver()
-    launch.start(launch.Driver(lib), binary(), [strided, shifted], {"T": 10}, 0, 0)
+    launch.Launcher(binary(), launch.Driver(lib)).start([strided, shifted], {"T": 10}, 0, 0)
     params = lib.launches[0][1]
     assert params[0] != strided.data_ptr() and params[1] != shifted.data_ptr() and params[1] % 16 == 0
 
@@ -144,13 +163,13 @@ def test_sizes_below_what_the_kernel_reads_are_refused(f, least):
     lib.record = lambda *args: None
     for n in range(least):
         with pytest.raises(errors.DynamicShape, match=f"'T': {n}"):
-            launch.start(launch.Driver(lib), b, [torch.zeros(n, 3)], {"T": n}, 0, 0)
-    launch.start(launch.Driver(lib), b, [torch.zeros(least, 3)], {"T": least}, 0, 0)
+            launch.Launcher(b, launch.Driver(lib)).start([torch.zeros(n, 3)], {"T": n}, 0, 0)
+    launch.Launcher(b, launch.Driver(lib)).start([torch.zeros(least, 3)], {"T": least}, 0, 0)
 
 
 def test_a_thread_without_a_context_gets_the_primary_one():
     lib = RecordingDriver(context=0)
-    launch.start(launch.Driver(lib), binary(), operands(), {"T": 10}, 3, 0)
+    launch.Launcher(binary(), launch.Driver(lib)).start(operands(), {"T": 10}, 3, 0)
     names = [name for name, _ in lib.calls]
     assert (
         names.index("cuDevicePrimaryCtxRetain")
@@ -163,34 +182,56 @@ def test_a_thread_without_a_context_gets_the_primary_one():
 def test_a_failing_call_is_a_named_error():
     cuda = launch.Driver(RecordingDriver(failing="cuModuleLoadData"))
     with pytest.raises(BackendError, match="cuModuleLoadData failed: invalid argument"):
-        launch.start(cuda, binary(), operands(), {"T": 10}, 0, 0)
+        launch.Launcher(binary(), cuda).start(operands(), {"T": 10}, 0, 0)
 
 
-@pytest.mark.parametrize(("target", "capability", "runs"), [
-    ("cuda:90", (9, 0), True), ("cuda:90", (10, 0), False), ("cuda:90", (8, 0), False), ("cuda:80", (8, 0), True),
-    ("cuda:80", (8, 6), True), ("cuda:86", (8, 0), False), ("cuda:80", (9, 0), False), ("cuda:100", (10, 3), False),
+@pytest.mark.parametrize(("target", "capability", "code"), [
+    ("cuda:90", (9, 0), b"code"), ("cuda:90", (10, 0), None), ("cuda:90", (8, 0), None), ("cuda:80", (8, 0), b"code"),
+    ("cuda:80", (8, 6), b"code"), ("cuda:86", (8, 0), None), ("cuda:80", (9, 0), b"text\0"), ("cuda:100", (10, 3), None),
 ])  # fmt: skip
-def test_code_for_another_device_is_refused(target, capability, runs):
-    if runs:
-        return launch.check_device(binary(target=target), capability)
+def test_a_device_gets_the_cubin_the_ptx_or_a_named_error(target, capability, code):
+    b = binary(target=target, ptx="text")
+    if code is not None:
+        assert launch.code_for(b, capability) == code
+        return
     here = f"cuda:{capability[0]}{capability[1]}"
     with pytest.raises(errors.BackendError, match=f'compiled for {target}.*Compile with target="{here}"'):
-        launch.check_device(binary(target=target), capability)
+        launch.code_for(b, capability)
+
+
+def test_calls_of_other_sizes_and_of_threads_share_a_launcher():
+    lib = RecordingDriver()
+    start = launch.Launcher(binary(), launch.Driver(lib)).start
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rows = [3 + i % 5 for i in range(200)]
+        outs = list(pool.map(lambda n: start(operands(n), {"T": n}, 0, 0)[0], rows))
+    assert [len(x) for x in outs] == rows
+    seen = {params[2]: params[3] for _, params in lib.launches}
+    assert len(lib.launches) == 200 and all(seen[x.data_ptr()] == n for x, n in zip(outs, rows, strict=True))
+
+
+def on_gpu(k, operands, sizes):
+    from fxfunc.codegen import offline
+
+    major, minor = torch.cuda.get_device_capability()
+    b = offline.compile(k, f"cuda:{major}{minor}")
+    return tuple(x.cpu() for x in launch.launch(b, [x.cuda() for x in operands], sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TASKS, ids=[c.name for c in TASKS])
+def test_maps_on_a_gpu_equal_eager(case):
+    for tasks in case.tasks or (0,):
+        graph, inputs = graph_and_inputs(case, tasks)
+        fused = fuse(lowered(with_tasks(graph, "bf16x6", [])))
+        wanted = eager.emit(for_aten(lowered(graph)))(inputs)
+        assert_equal(run(fused, inputs, {"tasks": tasks}, on_gpu), wanted, scale=100)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", PATTERNS, ids=[c.name for c in PATTERNS])
 def test_kernels_on_a_gpu_equal_eager(case):
-    from fxfunc.codegen import triton
-
-    major, minor = torch.cuda.get_device_capability()
     fused = fuse(graph_of(case))
-    binaries: dict = {}
-
-    def on_gpu(k, operands, sizes):
-        b = binaries.setdefault(k, triton.compile(k, f"cuda:{major}{minor}"))
-        return tuple(x.cpu() for x in launch.launch(b, [x.cuda() for x in operands], sizes))
-
     for sizes in case.sizes:
         inputs = inputs_of(case, sizes)
         assert_equal(run(fused, inputs, sizes, on_gpu), run(graph_of(case), inputs, sizes), scale=8)
