@@ -1,0 +1,122 @@
+"""What the workloads' kernels compile to, without a device: `python -m fxfunc.bench.kernels [--update]`. Entry point: `measure`.
+
+Each workload is compiled for each target in this process, Triton's cache empty: seconds of all of it, and of each kernel the
+registers and the stack a thread (spills), the shared memory and the scratch memory a program, and the code. Nothing is timed on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from unittest import mock
+
+from tabulate import tabulate
+
+import fxfunc
+from fxfunc.codegen import launch, offline, tiles
+
+from . import cycles, records
+from .registry import find, names
+from .run import ROOT
+
+TARGETS = ("cuda:80", "cuda:90")
+TABLE = ROOT / "bench" / "results" / "kernels.md"
+HEADERS = (
+    "workload",
+    "target",
+    "seconds",
+    "kernel",
+    "registers",
+    "stack, B",
+    "shared, B",
+    "scratch, B",
+    "code, KiB",
+    "warps",
+)
+TASKS = (25, 1000, 10000)
+GUESSED = ("workload", "kernel", "instructions", "barriers", *(f"{n} tasks, ms" for n in TASKS))
+GUESSES = (
+    "Guesses for an H200, from instructions counted in the code for cuda:90 (`bench/cycles.py` has the assumptions), of a kernel "
+    "of tasks alone. They are here to be held against measurements."
+)
+EXPLAINED = (
+    "What `python -m fxfunc.bench.kernels --update` compiled on a machine without a GPU: registers and stack a thread, shared "
+    "and scratch memory a program. `seconds` is passes and Triton for all kernels of a workload, its cache empty. **Times on a "
+    "GPU: not measured.**"
+)
+
+
+def measure(name: str, target: str) -> tuple[list[tuple], list[tuple], list[str]]:
+    """The rows of a workload, guesses for its kernels of tasks, and why maps of it are batched."""
+    w = find(name)
+    lowered = fxfunc.jit(w.function(fxfunc)).lower(*w.inputs(**w.parameters))
+    offline.compile.cache_clear()
+    tiles.source.cache_clear()
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ", TRITON_CACHE_DIR=cache):
+        start = time.perf_counter()
+        compiled = lowered.compile(backend="triton", target=target)
+        seconds = time.perf_counter() - start
+    rows = [_row(b) for b in compiled.kernels] or [("none",)]
+    first = (name, target, f"{seconds:.1f}")
+    guesses = [_guess(name, b) for b in compiled.kernels if b.workspace is not None and target == TARGETS[-1]]
+    rows = [(first if i == 0 else ("", "", "")) + r for i, r in enumerate(rows)]
+    return rows, guesses, compiled._program.notes
+
+
+def _row(b: launch.Binary) -> tuple:
+    return (b.kernel.name, b.regs, b.spills, b.smem, b.workspace or 0, round(b.size / 1024), b.warps)
+
+
+def _guess(name: str, b: launch.Binary) -> tuple:
+    found = [cycles.predict(b, n) for n in TASKS]
+    if found[0] is None:
+        return (name, b.kernel.name, "a loop was unrolled")
+    times = (f"{p.seconds * 1e3:.3f}" for p in found)
+    return (name, b.kernel.name, found[0].instructions, found[0].barriers, *times)
+
+
+def _without_folders(text: str) -> str:
+    """Lines are named by their file alone: a table is of no machine."""
+    return re.sub(r" at \S*/(\S+:\d+)", r" at \1", text)
+
+
+def main() -> int:
+    """Compile, print, and keep the table if asked."""
+    parser = argparse.ArgumentParser(prog="python -m fxfunc.bench.kernels", description=__doc__)
+    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--workload", action="append", metavar="NAME", help="default: all")
+    options = parser.parse_args()
+    rows: list[tuple] = []
+    guesses: list[tuple] = []
+    notes: list[str] = []
+    for name in options.workload or names():
+        for target in TARGETS:
+            found, guessed, why = measure(name, target)
+            rows += found
+            guesses += guessed
+            notes += [f"- {name}: {_without_folders(text)}" for text in why if target == TARGETS[-1]]
+            print(tabulate(found), file=sys.stderr, flush=True)
+    table = tabulate(rows, HEADERS, tablefmt="github")
+    guess = tabulate(guesses, GUESSED, tablefmt="github")
+    print(table, guess, *notes, sep="\n\n")
+    if options.update:
+        version = records.describe_versions()["triton"]
+        parts = [
+            "# Kernels of the workloads",
+            f"{EXPLAINED} triton {version}.",
+            table,
+            GUESSES,
+            guess,
+            "Batched maps:",
+            "\n".join(notes),
+        ]
+        records.write_text(TABLE, "\n\n".join(parts) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
