@@ -20,6 +20,7 @@ from kernel_cases import (
     random_case,
     run,
 )
+from kernel_corpus import fingerprint
 from task_cases import TASKS, Mapped, graph_and_inputs, random_tasks
 
 import fxfunc
@@ -99,7 +100,8 @@ def failures(wanted: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    print(fingerprint())
     grid.MOST_PROGRAMS = 4  # so that programs have several tasks
     found = list(failures(sys.argv[1:]))
-    print("\n".join(found))
+    print(*found, sep="\n")
     sys.exit(len(found) > 0)

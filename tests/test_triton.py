@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import F32, OPS, OPS_BF16, OPS_F64, PATTERNS, Case, In, T, graph_of, kernel_of
+from kernel_corpus import fingerprint
 
 from fxfunc.codegen import offline, triton
 from fxfunc.codegen.fuse import fuse, kernels_of
@@ -116,6 +117,8 @@ def test_interpreted_source_equals_eager():
         [sys.executable, HERE / "interpret_kernels.py"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    count, _, _ = done.stdout.splitlines()[0].split()
+    assert done.stdout.splitlines()[0] == fingerprint() and int(count) >= 200
 
 
 def test_interpreting_needs_the_interpreter():

@@ -1,0 +1,25 @@
+"""All kernels that the tests interpret and compile, in two processes: `fingerprint` says that they are the same."""
+
+from __future__ import annotations
+
+import hashlib
+
+from kernel_cases import OPS, OPS_BF16, OPS_F64, PATTERNS, graph_of, kernel_of
+from task_cases import TASKS, graph_and_inputs, tasks_of
+
+from fxfunc.codegen import tiles, triton
+from fxfunc.codegen.fuse import fuse, kernels_of
+
+
+def sources() -> list[str]:
+    """Their Triton source, products in float32."""
+    ops = [kernel_of(graph_of(c))[0] for c in OPS + OPS_F64 + OPS_BF16]
+    groups = [k for c in PATTERNS for k in kernels_of(fuse(graph_of(c)))]
+    maps = [t for c in TASKS for t in tasks_of(graph_and_inputs(c, 3)[0])[0]]
+    return [triton.source(k) for k in ops + groups] + [tiles.source(t, "ieee").text for t in maps]
+
+
+def fingerprint() -> str:
+    """How many there are, and a hash of them all."""
+    found = sources()
+    return f"{len(found)} kernels {hashlib.sha256(chr(0).join(found).encode()).hexdigest()[:16]}"
