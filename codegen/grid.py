@@ -10,13 +10,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from fxfunc.passes.dce import dce
 from fxfunc.passes.dims import Dim, Size, numel
-from fxfunc.passes.draws import draws_first
 from fxfunc.passes.graph import Graph, Op, map_, scan
-from fxfunc.passes.merge import merge_maps
 from fxfunc.passes.record import Builder, Value
-from fxfunc.passes.unstack import unstacked
 
 from . import tiles
 from .cost import named, product_work
@@ -24,12 +20,10 @@ from .index import NotFusable
 from .loops import kernel
 from .lower import DTYPES
 from .mapped import Tasks
-from .partition import flat
+from .partition import flat, with_whole_maps
 from .rows import PRODUCTS
 
-MOST_PROGRAMS = (
-    264  # two for each processor of an H200; fixed, since it decides in which order sums are taken
-)
+MOST_PROGRAMS = 264  # two for each processor of an H200; fixed, for it decides in which order sums are taken
 LARGE_PRODUCT = 2**21  # multiplications of a product in a task from which one for all tasks is better
 MOST_LINES = 1200  # of a kernel; it would compile for long
 MOST_PADDING = 8  # times the multiplications that there are
@@ -37,7 +31,7 @@ MOST_PADDING = 8  # times the multiplications that there are
 
 def with_tasks(graph: Graph, precision: str, notes: list[str]) -> Graph:
     """The graph with `kernel` nodes for the maps that are worth it; why others are not is added to `notes`."""
-    graph = merge_maps(unstacked(merge_maps(dce(draws_first(graph)))))
+    graph = with_whole_maps(graph)
     b, count = Builder(None), 0
 
     def call(op: Op, args: tuple, kwargs: dict):

@@ -1,4 +1,5 @@
-"""Memory for the values of a program. Entry points: `Memory` (offsets), `last_reads` (when a value is done with), `results`."""
+"""Memory for the values of a program. Entry points: `Memory` (offsets), `last_reads` (when a value is done with), `results`,
+`fresh` (a name of its own)."""
 
 from __future__ import annotations
 
@@ -30,6 +31,16 @@ class Memory:
     def free(self, at: int) -> None:
         """Give a buffer back."""
         self.live = [x for x in self.live if x[0] != at]
+
+
+def fresh(wanted: str, taken: set[str], end: str = "") -> str:
+    """A name that is not taken, and is from now on."""
+    name, count = wanted + end, 1
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}{end}"
+    taken.add(name)
+    return name
 
 
 def results(n: Node) -> list[Node]:

@@ -118,15 +118,15 @@ def place_of_diagonal(
     return max(-offset, 0) * a + max(offset, 0) * b, [*rest, a + b]
 
 
+def sides(pad: Sequence[int], ndim: int) -> tuple[list[int], list[int]]:
+    """How much is before and behind each dim; `pad` has the last dim first."""
+    pad = [*pad, *[0] * (2 * ndim - len(pad))]
+    return list(pad[-2::-2]), list(pad[::-2])
+
+
 def _pad(x: Node, pad: Sequence[int], value: float = 0) -> Move:
     shape = _shape(x)
-    before = [
-        pad[2 * (len(shape) - 1 - d)] if 2 * (len(shape) - 1 - d) < len(pad) else 0 for d in range(len(shape))
-    ]
-    after = [
-        pad[2 * (len(shape) - 1 - d) + 1] if 2 * (len(shape) - 1 - d) < len(pad) else 0
-        for d in range(len(shape))
-    ]
+    before, after = sides(pad, len(shape))
     out = [a + n + b for a, n, b in zip(before, shape, after, strict=True)]
     fill = f"for (int64_t i = 0; i < {numel(out)}; i++) {{out}}[i] = {literal(value, x.meta['val'].dtype)};"
     steps = steps_of(out)

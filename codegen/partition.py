@@ -85,9 +85,14 @@ def build(graph: Graph) -> Built:
     if names := sorted({x for v in graph.in_vals for s in v.shape if isinstance(s, Dim) for x in s.names()}):
         return Built(graph, [], [f"all of it runs in ATen: symbolic sizes ({', '.join(names)})"], [])
     notes: list[str] = []
-    graph = _opened(merge_maps(unstacked(merge_maps(dce(draws_first(graph))))), notes)
+    graph = _opened(with_whole_maps(graph), notes)
     graph = saw("tasks", dce(_folded(graph)))
     return _Partition(graph, notes).built()
+
+
+def with_whole_maps(graph: Graph) -> Graph:
+    """The graph with neighbouring maps as one, none of which draws or makes stacks that are only reduced."""
+    return merge_maps(unstacked(merge_maps(dce(draws_first(graph)))))
 
 
 def _opened(graph: Graph, notes: list[str]) -> Graph:

@@ -27,7 +27,7 @@ from .explain import Row, placed, row, source_line
 from .loops import Index, Kernel, Load
 from .loops import kernel as kernel_op
 from .lower import is_free
-from .memory import Memory, last_reads, results
+from .memory import Memory, fresh, last_reads, results
 from .moves import MOVES
 from .native import Native
 from .prelude import prelude
@@ -62,12 +62,7 @@ class _Unit:
 
     def fresh(self, wanted: str) -> str:
         """A name that no function has."""
-        name, count = wanted, 1
-        while name in self.names:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.names.add(name)
-        return name
+        return fresh(wanted, self.names)
 
     def text(self) -> str:
         """The whole source."""
@@ -153,12 +148,7 @@ class _Body:
 
     def local(self, wanted: str) -> str:
         """A name of its own."""
-        name, count = f"{wanted}_", 1
-        while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}_"
-        self.taken.add(name)
-        return name
+        return fresh(wanted, self.taken, end="_")
 
     def _kernel(self, n: Node) -> None:
         shared = self.parallel and is_shared(n.args[0])

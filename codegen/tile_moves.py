@@ -88,10 +88,7 @@ def _pad(body: Body, n: Node, x: Node, pad: Sequence[int], value: float = 0) -> 
     out = body.place(n)
     write(body.program, filled(val, value), [out])
     steps = moves.steps_of(val.shape)
-    before = [
-        pad[2 * (val.ndim - 1 - d)] if 2 * (val.ndim - 1 - d) < len(pad) else 0 for d in range(val.ndim)
-    ]
-    offset = sum(a * s for a, s in zip(before, steps, strict=True))
+    offset = sum(a * s for a, s in zip(moves.sides(pad, val.ndim)[0], steps, strict=True))
     write(body.program, _copied(x, n, offset, steps), [source, out])
 
 

@@ -66,12 +66,8 @@ class Product:
         block_terms = min(
             max(terms, LEAST_TERMS if dot else 1), BLOCK if not dot else THIN_TERMS if thin else TERMS
         )
-        while not dot and max(rows, columns) * block_terms > BLOCK and block_terms > 64:
-            block_terms //= 2
         block_rows, block_columns = rows, columns
-        while block_rows * block_columns > BLOCK or (
-            not dot and block_rows * block_columns * block_terms > BLOCK
-        ):
+        while block_rows * block_columns > BLOCK:
             if block_rows >= block_columns:
                 block_rows //= 2
             else:
@@ -106,24 +102,16 @@ class Product:
 
     def _block(self, r: Dimension, c: Dimension, k: Dimension, acc: str, dot: bool) -> str:
         """A block of the result, on top of `acc`."""
-        p = self.program
-        plus = f"{acc} + " if acc else ""
-        if dot:
-            a = self._factor(self.a, self.a_at, (r, k), self.a_parts, 1)
-            b = self._factor(self.b, self.b_at, (k, c), self.b_parts, 0)
-            kind = p.precision if min(self.rows, self.columns) > 1 else "ieee"
-            precision = f', input_precision="{kind}"' if self.val.dtype is torch.float32 else ""
-            wide = f", out_dtype=tl.{TYPES[opmath(self.val.dtype)]}"
-            return f"tl.dot({a}, {b}{', ' + acc if acc else ''}{precision}{wide})"
-        axis = 1 if self.columns == 1 else 0
-        space = (r, k) if axis else (k, c)
-        a_parts = self.a_parts if axis else (self.a_parts[1], ((1, 0),))
-        b_parts = (((1, 0),), self.b_parts[0]) if axis else self.b_parts
-        a, b = (
-            self._factor(self.a, self.a_at, space, a_parts, axis),
-            self._factor(self.b, self.b_at, space, b_parts, axis),
-        )
-        return f"{plus}tl.sum({a} * {b}, axis={axis}, keep_dims=True)"
+        a = self._factor(self.a, self.a_at, (r, k), self.a_parts, 1)
+        if not dot:  # a single element
+            b = self._factor(self.b, self.b_at, (c, k), self.b_parts[::-1], 1)
+            wide = f".to(tl.{TYPES[opmath(self.val.dtype)]})"
+            return f"{f'{acc} + ' if acc else ''}tl.sum({a}{wide} * {b}{wide}, axis=1, keep_dims=True)"
+        b = self._factor(self.b, self.b_at, (k, c), self.b_parts, 0)
+        kind = self.program.precision if min(self.rows, self.columns) > 1 else "ieee"
+        precision = f', input_precision="{kind}"' if self.val.dtype is torch.float32 else ""
+        wide = f", out_dtype=tl.{TYPES[opmath(self.val.dtype)]}"
+        return f"tl.dot({a}, {b}{', ' + acc if acc else ''}{precision}{wide})"
 
     def _factor(self, x: Buffer, at: int, space: Space, parts: Sequence[Factors], terms: int) -> str:
         """A factor, with zeros beyond its terms."""
@@ -133,9 +121,4 @@ class Product:
         d, text = space[terms], held.name
         if not held.zeros and not d.is_exact:
             text = f"tl.where({self.program.arange(terms, 2, d)} < {d.size}, {text}, 0.0)"
-        compute = opmath(self.val.dtype)
-        return (
-            text
-            if min(self.rows, self.columns) > 1 or compute == self.val.dtype
-            else f"{text}.to(tl.{TYPES[compute]})"
-        )
+        return text

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from .explain import Row
-from .memory import Memory
+from .memory import Memory, fresh
 from .prepare import Factors
 from .triton import HELPERS, power
 
@@ -161,13 +161,7 @@ class Program:
 
     def local(self, wanted: str) -> str:
         """A name of its own."""
-        wanted = wanted if wanted.isidentifier() else "v"
-        name, count = wanted, 1
-        while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.taken.add(name)
-        return name
+        return fresh(wanted if wanted.isidentifier() else "v", self.taken)
 
     def arange(self, position: int, rank: int, d: Dimension) -> str:
         """The indices of a dim, of which those of whole blocks are written once."""

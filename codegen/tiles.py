@@ -107,7 +107,13 @@ def _write(p: Program, t: Tasks) -> str:
 
 def prepare_tiles(graph: Graph) -> Graph:
     """A body as it is written here."""
-    return prepare(graph, lambda x, y: factors(x) is not None and factors(y) is not None, MOVES)
+    return prepare(graph, _takes, MOVES)
+
+
+def _takes(x: Node, y: Node) -> bool:
+    """True for factors that a product reads where they lie: terms that are one element are copied first."""
+    a, b = factors(x), factors(y)
+    return a is not None and b is not None and all(any(s for _, s in f) for f in (a[2][-1], b[2][-2]))
 
 
 class Body:

@@ -95,6 +95,11 @@ TASKS: list[Mapped] = [
     Mapped("large products", each(lambda x, y: (x @ y).relu()), (draw(2, 70, 90), draw(2, 90, 130))),
     Mapped("one row", each(lambda x, y: x @ y + 1), (draw(3, 1, 50), draw(3, 50, 9))),
     Mapped("one column", each(lambda x, y: x @ y + 1), (draw(3, 40, 33), draw(3, 33, 1))),
+    Mapped("one row of half", each(lambda x, y: x @ y),
+           (draw(3, 1, 50, dtype=torch.float16), draw(3, 50, 9, dtype=torch.float16))),
+    Mapped("one element", each(lambda x, y: (x @ y).sin()), (draw(3, 50), draw(3, 50, seed=1))),
+    Mapped("expanded factors", each(lambda x, y: (x.sum().expand(9, 20) @ y).sin() + x[:1].expand(9, 20) @ y
+                                    + x.mT[:, :1].expand(20, 20)[:9] @ y), (draw(3, 9, 20), draw(3, 20, 17))),
     Mapped("transposed products", each(lambda x, y: (x.mT @ y.mT).sin()), (draw(3, 33, 20), draw(3, 17, 33))),
     Mapped("float64", each(lambda x, y: (x @ y).softmax(-1)), (draw(3, 9, 8, dtype=F64), draw(3, 8, 7, dtype=F64))),
     Mapped("bfloat16", each(lambda x, y: (x @ y).relu() * 2), (draw(3, 9, 20, dtype=torch.bfloat16),
