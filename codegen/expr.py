@@ -9,7 +9,7 @@ import torch
 
 from fxfunc.passes.dims import Dim, Size
 
-from .loops import REDUCTIONS, Apply, Const, Instr, Number, Reduce, Store
+from .loops import REDUCTIONS, Apply, Const, Dot, Instr, Number, Reduce, Store
 
 
 class Body:
@@ -55,7 +55,7 @@ class Body:
 
 def _renumber(instr: Instr, new: dict[int, int]) -> Instr:
     change: dict = {}
-    for field in ("mask", "x"):
+    for field in ("mask", "x", "y"):
         if getattr(instr, field, None) is not None:
             change[field] = new[getattr(instr, field)]
     if isinstance(instr, Apply):
@@ -110,6 +110,10 @@ class Expr:
         tile = self.body.tile
         assert op in REDUCTIONS
         return self.body.emit(Reduce(op, self.i, tile, tuple(range(len(tile)))), self.dtype)
+
+    def dot(self, other: Expr, dtype: torch.dtype) -> Expr:
+        """The sum over all tile axes of the products with `other`, in this dtype."""
+        return self.body.emit(Dot(self.i, other.i, self.body.tile, dtype), dtype)
 
     __add__, __radd__ = _arithmetic("add"), _arithmetic("add", reverse=True)
     __sub__, __rsub__ = _arithmetic("sub"), _arithmetic("sub", reverse=True)

@@ -8,13 +8,13 @@ Groups of one call, matmuls, convolutions and everything else stay ATen nodes. W
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.fx import Node
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import Dim, Size, numel
+from fxfunc.passes.dims import Size, estimate, numel
 from fxfunc.passes.graph import Graph, Op, Val, getitem, substitute
 from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
@@ -23,12 +23,11 @@ from .explain import Row, kind, row
 from .index import NotFusable
 from .loops import Kernel, kernel, neutral
 from .lower import base, chunked, is_free, is_fusable, lower, opmath, reduced_dims
-from .rows import TWO_PHASE
+from .rows import PRODUCTS, TWO_PHASE
 
 aten = torch.ops.aten
 
 MAX_MEMBERS = 64
-STAND_IN = 1024  # what a symbolic size is taken for when a choice depends on sizes
 # A reduction is done in two phases if it has much to read and too few programs to read it with.
 LARGE, LONG, FEW_PROGRAMS, WIDTH = 2**16, 512, 128, 64
 
@@ -41,12 +40,12 @@ def _kernel_vals(k: Kernel, *operands: Val) -> Val | tuple[Val, ...]:
 OWN[kernel] = _kernel_vals
 
 
-def fuse(graph: Graph, alone: bool = False) -> Graph:
+def fuse(graph: Graph, alone: bool = False, takes: Callable[[Node], bool] = lambda n: False) -> Graph:
     """The same program with groups of pointwise and reducing calls as `kernel` nodes; equal kernels are one object.
 
-    A group of one call stays that call, unless `alone`."""
+    A group of one call stays that call, unless `alone`. Products of matrices that it `takes` are in groups too."""
     graph = split_large(graph)
-    return _Fused(_Groups(graph, alone)).graph()
+    return _Fused(_Groups(graph, alone, takes)).graph()
 
 
 # ---- two-phase reductions ----
@@ -68,20 +67,16 @@ def split_large(graph: Graph) -> Graph:
     return b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
 
 
-def _estimate(x: Size) -> int:
-    return x.at(dict.fromkeys(x.names(), STAND_IN)) if isinstance(x, Dim) else x
-
-
 def _is_large(node: Node) -> bool:
     if node.target not in TWO_PHASE or not is_fusable(node):
         return False
     shape, dims = node.args[0].meta["val"].shape, reduced_dims(node)
-    reduced = _estimate(numel(shape[d] for d in dims))
+    reduced = estimate(numel(shape[d] for d in dims))
     return reduced >= LONG and reduced * _rows(shape, dims) >= LARGE and _programs(shape, dims) < FEW_PROGRAMS
 
 
 def _rows(shape: tuple[Size, ...], dims: tuple[int, ...]) -> int:
-    return _estimate(numel(s for d, s in enumerate(shape) if d not in dims))
+    return estimate(numel(s for d, s in enumerate(shape) if d not in dims))
 
 
 def _programs(shape: tuple[Size, ...], dims: tuple[int, ...]) -> int:
@@ -92,9 +87,9 @@ def _programs(shape: tuple[Size, ...], dims: tuple[int, ...]) -> int:
 
 def _two_phase(b: Builder, node: Node, x: Value) -> Value:
     shape, dims, op = x.shape, reduced_dims(node), TWO_PHASE[node.target]
-    dim = max(dims, key=lambda d: _estimate(shape[d]))
+    dim = max(dims, key=lambda d: estimate(shape[d]))
     want = max(1, 2 * FEW_PROGRAMS // max(1, _programs(shape, dims)))
-    chunk = min(8192, max(16, 2 ** (-(-_estimate(shape[dim]) // want) - 1).bit_length()))
+    chunk = min(8192, max(16, 2 ** (-(-estimate(shape[dim]) // want) - 1).bit_length()))
     acc = opmath(x.dtype) if x.dtype.is_floating_point else node.meta["val"].dtype
     count = (shape[dim] + (chunk - 1)) // chunk
     split = Val((*shape[:dim], count, chunk, *shape[dim + 1 :]), x.dtype, x.device)
@@ -143,7 +138,7 @@ def _call(b: Builder, op: object, args: tuple, kwargs: dict, val: Val) -> Value:
 class _Groups:
     """The real calls of a graph (not views, not constants), partitioned; starts with groups of one and merges greedily."""
 
-    def __init__(self, graph: Graph, alone: bool = False):
+    def __init__(self, graph: Graph, alone: bool = False, takes: Callable[[Node], bool] = lambda n: False):
         self.graph = graph
         self.real = [n for n in (*graph.inputs, *graph.nodes) if n.op == "placeholder" or not is_free(n)]
         self.order = {n: i for i, n in enumerate(self.real)}
@@ -154,7 +149,11 @@ class _Groups:
                 self.users[d].append(n)
         self.returned = {base(n) for n in graph.outputs if n is not None}
         self.group: dict[Node, tuple[Node, ...]] = {n: (n,) for n in self.real}
-        self.fusable = {n for n in self.real if n.op == "call_function" and is_fusable(n)}
+        self.fusable = {
+            n
+            for n in self.real
+            if n.op == "call_function" and (is_fusable(n) or (n.target in PRODUCTS and takes(n)))
+        }
         self.cuts: dict[tuple[Node, Node], str] = {}  # why a call is not in the kernel of one that it reads
         self.lowered: dict[Node, tuple[Kernel, tuple[Node, ...], list[Node]]] = {}
         for n in self.real:
@@ -220,6 +219,8 @@ class _Groups:
     def _lower_rest(self, alone: bool) -> None:
         """Groups of one stay ATen, but for those that read a chunked view, or all are to be kernels."""
         for n in self.fusable:
+            if n.target in PRODUCTS:
+                continue
             if len(self.group[n]) == 1 and (alone or any(x.target is chunked for x in n.all_input_nodes)):
                 self.lowered[n] = (*lower([n], [n], _name([n]), bare=alone), [n])
 

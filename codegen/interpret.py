@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import at, numel
+from fxfunc.passes.dims import at
 
-from . import tiles
+from . import products
 from .loops import ELEMENTWISE, Kernel
-from .mapped import Tasks
-from .triton import TEMPLATES, load, schedule, source
+from .mapped import Tasks, Together
+from .triton import TEMPLATES, load
+from .written import write
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
     **{name: f for name, f in ELEMENTWISE.items() if name in TEMPLATES},
@@ -30,13 +31,13 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 
 
 def interpret(
-    k: Kernel | Tasks, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None
+    k: Kernel | Tasks | Together, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel, its Triton source interpreted. Memory that it should not read is full of NaN."""
     sizes = sizes or {}
-    fn, rows, workspace = _prepare(k)
+    fn, block, workspace = _prepare(k)
     outputs = [_spoiled(torch.empty([at(s, sizes) for s in a.shape], dtype=a.dtype)) for a in k.outputs]
-    if count := -(-at(numel(k.grid), sizes) // rows):
+    if count := at(products.programs(k, block), sizes):
         work = [] if workspace is None else [_spoiled(torch.empty(count * workspace, dtype=torch.uint8))]
         fn[(count,)](*(x.contiguous() for x in inputs), *outputs, *work, *(sizes[name] for name in k.sizes))
     return tuple(outputs)
@@ -48,17 +49,15 @@ def _spoiled(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _prepare(k: Kernel | Tasks) -> tuple[Callable, int, int | None]:
-    """The function, rows of the grid a program, and bytes of scratch memory a program if it takes such."""
+def _prepare(k: Kernel | Tasks | Together) -> tuple[Callable, tuple[int, ...], int | None]:
+    """The function, how much of the grid a program does, and bytes of scratch memory a program if it takes such."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise errors.BackendError(
             backend="triton", what="the interpreter is off", instead="Start with TRITON_INTERPRET=1."
         )
     _install()
-    if isinstance(k, Tasks):
-        made = tiles.source(k, "ieee")
-        return load(k.name, made.text), 1, made.workspace
-    return load(k.name, source(k)), schedule(k).rows, None
+    w = write(k, 90, "ieee")
+    return load(k.name, w.text), w.block, w.workspace
 
 
 @functools.cache

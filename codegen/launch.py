@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import Size, at, numel
+from fxfunc.passes.dims import Size, at
 
 from .loops import Kernel, verify_sizes
-from .mapped import Tasks
+from .mapped import Tasks, Together
+from .products import programs
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED = 48 * 1024
@@ -39,14 +40,14 @@ _NOTHING = contextlib.nullcontext()
 class Binary:
     """A kernel compiled for a target: code, source, and what a launch needs. `types` are those of the parameters in order."""
 
-    kernel: Kernel | Tasks
+    kernel: Kernel | Tasks | Together
     name: str
     target: str
     cubin: bytes = dataclasses.field(repr=False)
     ptx: str = dataclasses.field(repr=False)
     source: str = dataclasses.field(repr=False)
     types: tuple[str, ...]
-    rows: int  # of the grid, a program
+    block: tuple[int, ...]  # of the grid, a program: rows, or of a product rows and columns
     warps: int
     shared: int
     regs: int
@@ -60,7 +61,7 @@ class Binary:
     @property
     def programs(self) -> Size:
         """How many programs cover the grid."""
-        return (numel(self.kernel.grid) + (self.rows - 1)) // self.rows
+        return programs(self.kernel, self.block)
 
     @property
     def size(self) -> int:
@@ -83,7 +84,7 @@ _META = (
     "name",
     "target",
     "types",
-    "rows",
+    "block",
     "warps",
     "shared",
     "regs",
@@ -94,13 +95,13 @@ _META = (
 )
 
 
-def read(kernel: Kernel | Tasks, files: dict[str, bytes]) -> Binary:
+def read(kernel: Kernel | Tasks | Together, files: dict[str, bytes]) -> Binary:
     """The binary of `kernel` from its files; `BackendError` if they are of another kernel."""
     meta = json.loads(files["launch.json"])
     if meta.pop("kernel") != str(kernel):
         what = f"the files of {meta['name']} were compiled from another kernel"
         raise errors.BackendError(backend="triton", what=what, instead="Compile it again.")
-    pairs = {name: tuple(meta.pop(name)) for name in ("types", "scratch", "profile")}
+    pairs = {name: tuple(meta.pop(name)) for name in ("types", "block", "scratch", "profile")}
     return Binary(kernel=kernel, cubin=files["kernel.cubin"], ptx=files["kernel.ptx"].decode(),
                   source=files["kernel.py"].decode(), **meta, **pairs)  # fmt: skip
 
@@ -219,8 +220,10 @@ class Launcher:
     def _planned(self, values: tuple[int, ...], sizes: dict[str, int]) -> _Plan:
         """What follows from sizes, which are checked."""
         b = self.binary
-        if isinstance(b.kernel, Kernel):
-            verify_sizes(b.kernel, sizes)
+        parts = b.kernel.parts if isinstance(b.kernel, Together) else [b.kernel]
+        for k in parts:
+            if isinstance(k, Kernel):
+                verify_sizes(k, sizes)
         count = at(b.programs, sizes)
         needs = [*([] if b.workspace is None else [b.workspace]), b.scratch[0], b.profile[0]]
         outputs = [([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.outputs]

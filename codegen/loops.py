@@ -10,6 +10,8 @@
            | Iota(index, shape)                                the index itself, int64
            | Apply(op, x*, dtype)                              elementwise, `ELEMENTWISE` by name; tiles broadcast
            | Reduce(op, x, shape, axes)                        of x broadcast to shape; the axes are kept as size 1
+           | Dot(x, y, shape, dtype)                           the sum over a tile of this shape of x * y, in this dtype: an
+                                                               element of a product of matrices, rows and columns in the grid
            | Store(arg, index, x, shape)                       x broadcast to shape; each output is stored once, whole
 
 A value is an instruction, named by its position in the body: a tile with a shape and a dtype at each grid point.
@@ -133,6 +135,18 @@ class Reduce(Instr):
 
 
 @dataclasses.dataclass(frozen=True)
+class Dot(Instr):
+    x: int
+    y: int
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return (self.x, self.y)
+
+
+@dataclasses.dataclass(frozen=True)
 class Store(Instr):
     arg: int
     index: Index
@@ -172,7 +186,9 @@ class Kernel:
     @cached_property
     def rank(self) -> int:
         """The largest tile rank."""
-        return max((len(x.shape) for x in self.body if isinstance(x, (Load, Iota, Reduce, Store))), default=0)
+        return max(
+            (len(x.shape) for x in self.body if isinstance(x, (Load, Iota, Reduce, Dot, Store))), default=0
+        )
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:
@@ -259,6 +275,8 @@ def _type(instr: Instr, args: Sequence[Arg], types: list) -> tuple[tuple[Size, .
             return tuple(1 if axis in instr.axes else s for axis, s in enumerate(instr.shape)), types[
                 instr.x
             ][1]
+        case Dot():
+            return (1,) * len(instr.shape), instr.dtype
         case Store():
             return instr.shape, types[instr.x][1]
     raise TypeError(f"not an instruction: {instr}")
@@ -325,6 +343,8 @@ def _line(k: Kernel, i: int, instr: Instr, names: list[str]) -> str:
             what = f"{instr.op}({', '.join(value[j] for j in instr.args)})"
         case Reduce():
             what = f"{instr.op}({value[instr.x]}, axes={_list(instr.axes)})"
+        case Dot():
+            what = f"dot({value[instr.x]}, {value[instr.y]}, over={_list(instr.shape)})"
     shape, dtype = k.types[i]
     return f"{value[i]}: {_short(dtype)}{_list(shape)} = {what}"
 
@@ -445,8 +465,16 @@ def _verify_reduce(k: Kernel, i: int, instr: Reduce) -> None:
         _fail(k, i, f"reduces {dtype}")
 
 
+def _verify_dot(k: Kernel, i: int, instr: Dot) -> None:
+    (a, left), (b, right) = k.types[instr.x], k.types[instr.y]
+    if left != right or not left.is_floating_point:
+        _fail(k, i, f"multiplies {left} by {right}")
+    if any(broadcast([shape, instr.shape]) != instr.shape for shape in (a, b)):
+        _fail(k, i, f"{_list(a)} and {_list(b)} do not broadcast to {_list(instr.shape)}")
+
+
 _VERIFY: dict[type, Callable] = {Load: _verify_access, Store: _verify_access, Iota: _verify_access,
-                                 Apply: _verify_apply, Reduce: _verify_reduce}  # fmt: skip
+                                 Apply: _verify_apply, Reduce: _verify_reduce, Dot: _verify_dot}  # fmt: skip
 
 
 # ---- evaluate ----
@@ -509,8 +537,8 @@ class _Evaluator:
         args = [self.values[i] for i in instr.args]
         return args[0].to(instr.dtype) if instr.op == "cast" else ELEMENTWISE[instr.op](*args)
 
-    def _reduce(self, instr: Reduce) -> Tensor:
-        x, tile = self.values[instr.x], [at(s, self.sizes) for s in instr.shape]
+    def _reduce(self, instr: Reduce, x: Tensor | None = None) -> Tensor:
+        x, tile = self.values[instr.x] if x is None else x, [at(s, self.sizes) for s in instr.shape]
         dims = [x.ndim - len(tile) + axis for axis in instr.axes]
         x = x.expand(*self.grid, *x.shape[len(self.grid) : x.ndim - len(tile)], *tile)
         if all(x.shape[d] for d in dims):
@@ -518,6 +546,10 @@ class _Evaluator:
         return torch.full(
             [1 if d in dims else n for d, n in enumerate(x.shape)], neutral(instr.op, x.dtype), dtype=x.dtype
         )
+
+    def _dot(self, instr: Dot) -> Tensor:
+        x, y = (self.values[i].to(instr.dtype) for i in (instr.x, instr.y))
+        return self._reduce(Reduce("sum", -1, instr.shape, tuple(range(len(instr.shape)))), x * y)
 
     def _store(self, instr: Store) -> None:
         address = self._address(instr.index, instr.shape)

@@ -8,7 +8,7 @@ Each member is computed once: at one map, in one kernel (what is compared with s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.fx import Node
@@ -30,8 +30,8 @@ from .index import (
     push,
     reshaped,
 )
-from .loops import Arg, Index, Instr, Iota, Kernel, Load, Reduce, Store, broadcast, verify
-from .rows import EXPENSIVE, POINTWISE, REDUCING, Row
+from .loops import Arg, Dot, Index, Instr, Iota, Kernel, Load, Reduce, Store, broadcast, verify
+from .rows import EXPENSIVE, POINTWISE, PRODUCTS, REDUCING, Row
 
 aten = torch.ops.aten
 
@@ -152,10 +152,21 @@ def lower(
 
 
 def _root_space(members: Sequence[Node], outputs: Sequence[Node]) -> Space:
-    for n in members:
-        if n.target in REDUCING:
-            return Space.of(n.args[0].meta["val"].shape, reduced_dims(n))
-    return Space.of(outputs[-1].meta["val"].shape)
+    root = _root(members)
+    if root is None:
+        return Space.of(outputs[-1].meta["val"].shape)
+    if root.target in PRODUCTS:
+        shape = root.meta["val"].shape
+        return Space.of((*shape, root.args[0].meta["val"].shape[-1]), (len(shape),))
+    return Space.of(root.args[0].meta["val"].shape, reduced_dims(root))
+
+
+def _root(members: Iterable[Node]) -> Node | None:
+    """The call that gives a kernel its index space: its first reduction, or product."""
+    found = [n for n in members if n.target in REDUCING or n.target in PRODUCTS]
+    if len({n.target in PRODUCTS for n in found}) > 1:
+        raise NotFusable("a product and a reduction")
+    return found[0] if found else None
 
 
 class _Lowering:
@@ -175,6 +186,8 @@ class _Lowering:
         """The kernel and its operands, or `NotFusable`."""
         maps = _Maps(self).learn()
         if missing := [n for n in self.outputs if n not in maps]:
+            if any(n.target in PRODUCTS for n in missing):
+                raise NotFusable("a product of other sizes")
             other = any(n.target in REDUCING for n in missing)
             raise NotFusable("a reduction over other axes" if other else f"{missing}: another index space")
         values = {n: self.value(n, maps[n]) for n in self.outputs}
@@ -219,6 +232,8 @@ class _Lowering:
         at = (m, guard.i if guard else None)
         if self.computed.setdefault(node, at) != at:
             raise NotFusable(f"{node} would be computed twice")
+        if node.target in PRODUCTS:
+            return self._product(node, m, guard)
         row = POINTWISE.get(node.target) or REDUCING[node.target]
         compute = self._compute_dtype(row, node)
         args = (
@@ -230,6 +245,28 @@ class _Lowering:
         kwargs = {} if node.target in REDUCING else node.kwargs
         out = row.f(*args, **kwargs).cast(node.meta["val"].dtype)
         self._refuse_repeated(node, m, self.body.instrs[before:])
+        self.body.source = ""
+        self.body.name(out, node.name)
+        return out
+
+    def _product(self, node: Node, m: Map, guard: Expr | None) -> Expr:
+        """An element of a product of matrices; with one row or column, or one term, it needs no `Dot`."""
+        x, y = node.args
+        *batch, row, column = m
+        n, terms = x.meta["val"].shape[-1], self.root[-1]
+        if guard is not None or any(a.uses(self.tile) for a in m) or n != numel(self.tile_sizes):
+            raise NotFusable("a product of other sizes")
+        a, b = self.value(x, (*batch, row, terms)), self.value(y, (*batch, terms, column))
+        self.body.source = node.meta.get("source") or ""
+        dtype = node.meta["val"].dtype
+        wide = opmath(dtype)
+        if n == 1:
+            out = a.cast(wide) * b.cast(wide)
+        elif 1 in node.meta["val"].shape[-2:]:
+            out = (a.cast(wide) * b.cast(wide)).reduce("sum")
+        else:
+            out = a.dot(b, wide)
+        out = out.cast(dtype)
         self.body.source = ""
         self.body.name(out, node.name)
         return out
@@ -342,8 +379,11 @@ class _Maps:
 
     def learn(self) -> dict[Node, Map]:
         """All maps found."""
-        root = next((n for n in self.low.members if n.target in REDUCING), None)
-        self._set(root.args[0] if root else next(reversed(self.low.outputs)), self.low.root)
+        root = _root(self.low.members)
+        if root is not None and root.target in PRODUCTS:
+            self._set(root, self.low.root[:-1])
+        else:
+            self._set(root.args[0] if root else next(reversed(self.low.outputs)), self.low.root)
         count = -1
         while count != len(self.known):
             count = len(self.known)
@@ -391,6 +431,9 @@ class _Maps:
             return push(self.space, node, self.known[x]) if node.target in VIEWS and x in self.known else None
         if node.target in REDUCING:
             return self._of_reduction(node, self.known[x]) if x in self.known else None
+        if node.target in PRODUCTS:
+            same = (*shape, x.meta["val"].shape[-1]) == self._root_shape()
+            return self.low.root[:-1] if same and self.space.reduced == (len(shape),) else None
         for operand in node.all_input_nodes:
             if operand in self.known and operand.meta["val"].shape == shape:
                 return self.known[operand]
@@ -434,7 +477,7 @@ def _views_to(node: Node) -> list[Node]:
 def collapse(k: Kernel) -> Kernel:
     """The kernel with neighbouring axes merged where each access allows it, and axes of size 1 dropped."""
     indexes = [x.index for x in k.body if isinstance(x, (Load, Iota, Store))]
-    tile = next((x.shape for x in k.body if isinstance(x, Reduce)), ())
+    tile = next((x.shape for x in k.body if isinstance(x, (Reduce, Dot))), ())
     grid_groups, tile_groups = (
         _runs(k.grid, [x.grid for x in indexes]),
         _runs(tile, [x.tile for x in indexes]),
@@ -462,7 +505,7 @@ def _merged(instr: Instr, grid: list[list[int]], tile: list[list[int]]) -> Instr
     if isinstance(instr, (Load, Iota, Store)):
         strides = tuple(instr.index.grid[g[-1]] for g in grid) or (0,)
         change["index"] = Index(instr.index.offset, strides, tuple(instr.index.tile[g[-1]] for g in tile))
-    if isinstance(instr, (Load, Iota, Store, Reduce)):
+    if isinstance(instr, (Load, Iota, Store, Reduce, Dot)):
         change["shape"] = tuple(numel(instr.shape[a] for a in g) for g in tile)
     if isinstance(instr, Reduce):
         change["axes"] = tuple(range(len(tile)))

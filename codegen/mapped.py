@@ -1,4 +1,5 @@
-"""A map as one kernel of a GPU: `Tasks`, which is to a map what `loops.Kernel` is to a group of calls."""
+"""What one launch on a GPU does besides a `loops.Kernel`: `Tasks`, which is to a map what that is to a group of calls, and
+`Together`, several of them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from fxfunc.passes.dims import Size
 from fxfunc.passes.graph import Graph
 from fxfunc.passes.printer import text
 
-from .loops import Arg
+from .loops import Arg, Kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,35 @@ class Tasks:
     def __str__(self) -> str:
         kinds = ", ".join(self.outs)
         return f"{self.name}: {self.length} tasks by {self.programs} programs, outputs {kinds}\n{text(self.body, sources=False)}"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Kernels as one: the operands of all in order, then the outputs of all."""
+
+    parts: tuple[Kernel, ...]
+    name: str = dataclasses.field(default="together", compare=False)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        """The operands, then the outputs."""
+        return (*(a for p in self.parts for a in p.inputs), *self.outputs)
+
+    @property
+    def outputs(self) -> tuple[Arg, ...]:
+        """What it stores."""
+        return tuple(a for p in self.parts for a in p.outputs)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of its symbolic sizes."""
+        return tuple(sorted({s for p in self.parts for s in p.sizes}))
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.name}: {len(self.parts)} kernels", *map(str, self.parts)])
 
     def __repr__(self) -> str:
         return self.name

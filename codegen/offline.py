@@ -16,15 +16,16 @@ from fxfunc.passes.dump import saw
 from fxfunc.passes.graph import Graph
 from fxfunc.passes.pipeline import lowered
 
-from . import tiles
+from . import products, tiles
 from .cubin import resources
 from .fuse import fuse, kernels_of
 from .grid import with_tasks
 from .launch import Binary
 from .loops import Kernel, kernel
-from .mapped import Tasks
-from .tile_program import WARPS
-from .triton import POINTERS, load, schedule, source
+from .mapped import Tasks, Together
+from .together import together
+from .triton import POINTERS, load
+from .written import write
 
 CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
 # Of products of float32 in kernels. The first two are as accurate as float32 multiplications, tf32x3 almost, tf32 is not.
@@ -56,7 +57,7 @@ def precision_for(target: str, precision: str | None = None) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def compile(k: Kernel | Tasks, target: str = "cuda:90", precision: str | None = None) -> Binary:
+def compile(k: Kernel | Tasks | Together, target: str = "cuda:90", precision: str | None = None) -> Binary:
     """The kernel for a target, compiled without a device."""
     capability = capability_of(target)
     try:
@@ -67,26 +68,21 @@ def compile(k: Kernel | Tasks, target: str = "cuda:90", precision: str | None = 
         raise errors.BackendError(
             backend="triton", what="triton is not installed", instead="pip install triton."
         ) from e
-    if isinstance(k, Tasks):
-        made = tiles.source(k, precision_for(target, precision))
-        text, warps, rows, workspace, checks = made.text, WARPS, 1, made.workspace, made.checks
-    else:
-        s = schedule(k)
-        text, warps, rows, workspace, checks = source(k), s.warps, s.rows, None, False
+    w = write(k, capability, precision_for(target, precision))
     types = [POINTERS[a.dtype] for a in k.args]
-    types += ["*u8"] * (workspace is not None) + ["i64"] * len(k.sizes)
-    fn = load(k.name, text)
+    types += ["*u8"] * (w.workspace is not None) + ["i64"] * len(k.sizes)
+    fn = load(k.name, w.text)
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
     ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
     # As nvcc compiles ATen: no fused multiply-adds, and subnormal numbers count.
     exact = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
-    options = {"num_warps": warps, "maxnreg": maxnreg(warps), **exact}
-    options |= {"debug": True, "sanitize_overflow": False} if checks else {}
+    options = {"num_warps": w.warps, "num_stages": w.stages, "maxnreg": maxnreg(w.warps), **exact}
+    options |= {"debug": True, "sanitize_overflow": False} if w.checks else {}
     done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
     m, cubin = done.metadata, done.asm["cubin"]
     used = resources(cubin, m.name)
-    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=text, types=tuple(types),
-                  rows=rows, warps=warps, shared=m.shared, regs=used.regs, spills=used.stack, workspace=workspace,
+    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=w.text, types=tuple(types),
+                  block=w.block, warps=w.warps, shared=m.shared, regs=used.regs, spills=used.stack, workspace=w.workspace,
                   scratch=(m.global_scratch_size, m.global_scratch_align),
                   profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
 
@@ -104,7 +100,7 @@ def compile_graph(
     Why maps are none is added to `notes`."""
     precision = precision_for(target, precision)
     tasks = saw("tasks", with_tasks(graph, precision, [] if notes is None else notes))
-    fused = fuse(lowered(tasks))
+    fused = together(fuse(lowered(tasks), takes=lambda n: products.why_aten(n, precision) is None))
     for n in fused.nodes:
         if n.target is kernel and isinstance(n.args[0], Tasks):
             n.meta["members"] = tiles.source(n.args[0], precision).rows

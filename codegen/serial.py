@@ -115,8 +115,10 @@ _RECORDS = {
         loops.Iota,
         loops.Apply,
         loops.Reduce,
+        loops.Dot,
         loops.Store,
         mapped.Tasks,
+        mapped.Together,
     )
 }
 

@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fxfunc.passes import errors
-from fxfunc.passes.dims import Dim, Size, numel
+from fxfunc.passes.dims import Dim, Size, estimate, numel
 
 from .explain import source_line
-from .fuse import STAND_IN
 from .loops import Apply, Const, Index, Instr, Iota, Kernel, Load, Reduce, Store, neutral, value_names
 
 TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
@@ -108,8 +107,8 @@ class Schedule:
 
 
 def schedule(k: Kernel) -> Schedule:
-    """The blocks of a kernel: a function of its shapes, symbolic ones taken for `STAND_IN`."""
-    rows, tile = _estimate(numel(k.grid)), tile_of(k)
+    """The blocks of a kernel: a function of its shapes, symbolic ones estimated."""
+    rows, tile = estimate(numel(k.grid)), tile_of(k)
     accesses = [x for x in k.body if isinstance(x, (Load, Iota, Store))]
     down = max((_span(x.index.grid, k.grid) for x in accesses), default=0)
     across = max((_span(x.index.tile, x.shape) for x in accesses), default=0)
@@ -120,7 +119,7 @@ def schedule(k: Kernel) -> Schedule:
     if not tile:
         return Schedule(1024 if rows >= 2**18 else 256 if rows > 128 else 128, 0, False, 4, wide)
     n = numel(tile)
-    width, fixed = power(_estimate(n)), not isinstance(n, Dim)
+    width, fixed = power(estimate(n)), not isinstance(n, Dim)
     if any(isinstance(x, Load) and x.index.tile[-1] == 1 for x in k.body):
         cols = min(width, 4096 if fixed else 1024)
         block = _enough_programs(rows, min(power(rows), 64, max(1, 1024 // cols)), 256 // cols)
@@ -154,10 +153,6 @@ def tile_of(k: Kernel) -> tuple[Size, ...]:
     return next(iter(tiles))[0] if tiles else ()
 
 
-def _estimate(x: Size) -> int:
-    return x.at(dict.fromkeys(x.names(), STAND_IN)) if isinstance(x, Dim) else x
-
-
 def power(n: int) -> int:
     """The least power of two that is as large."""
     return 1 << max(0, n - 1).bit_length()
@@ -171,9 +166,14 @@ def source(k: Kernel) -> str:
     return module("\n".join(["@triton.jit", *_Emitter(k).lines()]))
 
 
+def part_lines(k: Kernel, name: str) -> list[str]:
+    """The kernel as a function of its name that takes the number of a program as its first argument."""
+    return _Emitter(dataclasses.replace(k, name=name), "pid").lines()
+
+
 def module(function: str) -> str:
     """A function with what it needs before it."""
-    needed = [name for name in HELPERS if re.search(rf"\b{name}\b", function)]
+    needed = [name for name in HELPERS if re.search(rf"(?<!tl\.)\b{name}\b", function)]
     helpers = "".join(f"\n\n@triton.jit\ndef {name}{HELPERS[name]}\n" for name in needed)
     head = "import triton\nimport triton.language as tl\n"
     if "libdevice." in function + helpers:
@@ -228,7 +228,7 @@ class Instructions:
 
     def _const(self, i: int, x: Const) -> str:
         if isinstance(x.value, Dim):
-            return f"{_size(x.value)}.to(tl.{TYPES[x.dtype]})"
+            return f"{size_text(x.value)}.to(tl.{TYPES[x.dtype]})"
         return _full(self.unit, x.value, x.dtype)
 
     def _apply(self, i: int, x: Apply) -> str:
@@ -259,18 +259,20 @@ class Instructions:
 class _Emitter(Instructions):
     """Emits one kernel. In a looped kernel, `depth` counts the reductions before a value: one loop over the tile a depth."""
 
-    def __init__(self, k: Kernel):
+    def __init__(self, k: Kernel, pid: str = ""):
         super().__init__(k)
+        self.pid = pid  # the argument that is the number of the program, "" if it is the launch's
         self.schedule, self.tile = schedule(k), tile_of(k)
         self.unit = [1, 1] if self.tile else [1]
-        names = value_names(k, ("tl", "triton", "libdevice", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
+        names = value_names(k, ("tl", "triton", "libdevice", "pid", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
                                 *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
         self.args, self.values = names[: len(k.args)], names[len(k.args) :]
         self.depth = self._depths()
 
     def lines(self) -> list[str]:
         """The function, line by line."""
-        self.out = [f"def {self.k.name}({', '.join([*self.args, *self.k.sizes])}):"]
+        given = [self.pid] if self.pid else []
+        self.out = [f"def {self.k.name}({', '.join([*given, *self.args, *self.k.sizes])}):"]
         self._rows()
         if self.schedule.looped:
             self._stages()
@@ -285,22 +287,22 @@ class _Emitter(Instructions):
 
     def _rows(self) -> None:
         s, n = self.schedule, numel(self.k.grid)
-        pid = "tl.program_id(0).to(tl.int64)" if s.wide else "tl.program_id(0)"
+        pid = (self.pid or "tl.program_id(0)") + ".to(tl.int64)" * s.wide
         self._emit(f"row = {pid} * {s.rows} + tl.arange(0, {s.rows}){'[:, None]' if self.tile else ''}")
-        self._emit(f"row_in = row < {_size(n)}")
+        self._emit(f"row_in = row < {size_text(n)}")
         self._axes("g", "row", self.k.grid)
 
     def _columns(self, text: str) -> None:
         self._emit(f"col = ({text}).to(tl.int64)" if self.schedule.wide_cols else f"col = {text}")
-        self._emit(f"col_in = col < {_size(numel(self.tile))}")
+        self._emit(f"col_in = col < {size_text(numel(self.tile))}")
         self._axes("t", "col", self.tile)
 
     def _axes(self, letter: str, name: str, sizes: tuple[Size, ...]) -> None:
         """The coordinates of the axes from the number of a row or column; a single axis is the number itself."""
         for i in range(len(sizes) if len(sizes) > 1 else 0):
             inner = numel(sizes[i + 1 :])
-            text = name if inner == 1 else f"{name} // {_size(inner)}"
-            self._emit(f"{letter}{i} = {text}{f' % {_size(sizes[i])}' if i else ''}")
+            text = name if inner == 1 else f"{name} // {size_text(inner)}"
+            self._emit(f"{letter}{i} = {text}{f' % {size_text(sizes[i])}' if i else ''}")
 
     def _offset(self, index: Index) -> str:
         """The text of an index; '' if it is 0."""
@@ -308,8 +310,8 @@ class _Emitter(Instructions):
         for letter, name, strides in (("g", "row", index.grid), ("t", "col", index.tile)):
             for i, s in enumerate(strides):
                 axis = name if len(strides) == 1 else f"{letter}{i}"
-                terms += [] if s == 0 else [axis if s == 1 else f"{axis} * {_size(s)}"]
-        return " + ".join(terms + ([_size(index.offset)] if index.offset != 0 else []))
+                terms += [] if s == 0 else [axis if s == 1 else f"{axis} * {size_text(s)}"]
+        return " + ".join(terms + ([size_text(index.offset)] if index.offset != 0 else []))
 
     # -- loops --
 
@@ -344,7 +346,7 @@ class _Emitter(Instructions):
 
     def _loop(self, roots: list[int]) -> None:
         cols = self.schedule.cols
-        self._emit(f"for block in range(0, {_size(numel(self.tile))}, {cols}):")
+        self._emit(f"for block in range(0, {size_text(numel(self.tile))}, {cols}):")
         self.indent += "    "
         self._columns(f"block + tl.arange(0, {cols})[None, :]")
         needed, todo = set(roots), list(roots)
@@ -409,7 +411,7 @@ class _Emitter(Instructions):
         )
 
 
-def _size(x: Size) -> str:
+def size_text(x: Size) -> str:
     """A size as source text."""
     text = x.python() if isinstance(x, Dim) else str(x)
     return text[1:-1] if text[1:-1].isidentifier() else text

@@ -10,6 +10,8 @@ import torch
 
 from . import errors
 
+STAND_IN = 1024
+
 Monomial = tuple  # sorted tuple of atoms: a name, or ("//", Dim, int), or ("%", Dim, int)
 
 
@@ -143,6 +145,11 @@ def numel(shape) -> Size:
 def at(x, sizes: dict[str, int]):
     """`x` with a Dim replaced by its value."""
     return x.at(sizes) if isinstance(x, Dim) else x
+
+
+def estimate(x: Size) -> int:
+    """A size for choices that depend on sizes: symbolic ones are taken for `STAND_IN`."""
+    return x.at(dict.fromkeys(x.names(), STAND_IN)) if isinstance(x, Dim) else x
 
 
 def sign(x: Size) -> int | None:

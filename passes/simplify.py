@@ -109,6 +109,16 @@ def _mul_folded(a, b):
     return None
 
 
+@rewrites(aten.add.Tensor)
+def _add_folded(a, b, alpha=1):
+    if number(a) is None or number(b) is None or not isinstance(a, Value) or not isinstance(b, Value):
+        return None
+    if alpha != 1 or a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64):
+        return None
+    out = _folded(torch.add, a.dtype, number(a), number(b))
+    return None if out is None else _filled(a, broadcast([a.shape, b.shape]), out)
+
+
 @rewrites(aten.div.Tensor)
 def _div(a, b):
     if isinstance(b, Value) and number(b) is not None and a.dtype == b.dtype:

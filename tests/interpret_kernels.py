@@ -12,6 +12,7 @@ from kernel_cases import (
     OPS_BF16,
     OPS_F64,
     PATTERNS,
+    TOGETHER,
     Case,
     assert_equal,
     graph_of,
@@ -21,6 +22,7 @@ from kernel_cases import (
     run,
 )
 from kernel_corpus import fingerprint
+from product_cases import PRODUCTS, graphs, product_inputs, random_product
 from task_cases import TASKS, Mapped, graph_and_inputs, random_tasks
 
 import fxfunc
@@ -30,6 +32,7 @@ from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.grid import with_tasks
 from fxfunc.codegen.interpret import interpret
 from fxfunc.codegen.mapped import Tasks
+from fxfunc.codegen.together import together
 from fxfunc.passes.pipeline import for_aten, lowered
 
 
@@ -48,6 +51,21 @@ def check_pattern(case: Case) -> None:
     for sizes in case.sizes:
         inputs = inputs_of(case, sizes)
         assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
+
+
+def check_product(case: Case) -> None:
+    graph, fused = graphs(case)
+    for sizes in case.sizes:
+        inputs = product_inputs(case, sizes)
+        assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
+
+
+def check_together(case: Case) -> None:
+    graph = graph_of(case)
+    joined = together(fuse(graph))
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        assert_equal(run(joined, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
 
 
 def check_maml(case: Case) -> None:
@@ -87,6 +105,8 @@ def failures(wanted: list[str]) -> Iterator[str]:
     """Name and traceback of each case that fails."""
     cases = [(check_op, c) for c in OPS + OPS_F64 + OPS_BF16]
     cases += [(check_pattern, c) for c in PATTERNS + [random_case(seed) for seed in range(30)]]
+    cases += [(check_product, c) for c in PRODUCTS + [random_product(seed) for seed in range(60)]]
+    cases += [(check_together, c) for c in TOGETHER + [random_case(seed) for seed in range(30)]]
     cases += [(check_tasks, c) for c in TASKS]
     cases += [(check_random_tasks, Case(f"tasks-{seed}", None, ())) for seed in range(30)]
     cases.append((check_maml, Case("maml", None, ())))

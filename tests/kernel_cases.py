@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxfunc.codegen.loops import Kernel, evaluate, kernel
 from fxfunc.codegen.lower import is_fusable, lower
+from fxfunc.codegen.mapped import Together
 from fxfunc.codegen.rows import REDUCING
 from fxfunc.passes.dims import Dim, at
 from fxfunc.passes.graph import Graph, Val, constant
@@ -85,12 +86,20 @@ def run(
 
     for n in graph.nodes:
         if n.target is kernel:
-            out = on_kernel(n.args[0], value(n.args[1:]), sizes)
+            k, operands = n.args[0], value(n.args[1:])
+            both = on_kernel is evaluate and isinstance(k, Together)
+            out = _parts(k, operands, sizes) if both else on_kernel(k, operands, sizes)
             env[n] = out if isinstance(n.meta["val"], tuple) else out[0]
         else:
             call = (lambda literal: literal.tensor) if n.target is constant else n.target
             env[n] = call(*value(n.args), **{k: value(v) for k, v in n.kwargs.items()})
     return [None if n is None else env[n] for n in graph.outputs]
+
+
+def _parts(k: Together, operands: Sequence[Tensor], sizes: dict) -> tuple[Tensor, ...]:
+    """The outputs of several kernels, each evaluated on its own operands."""
+    given = iter(operands)
+    return tuple(y for p in k.parts for y in evaluate(p, [next(given) for _ in p.inputs], sizes))
 
 
 def assert_equal(found: Sequence[Tensor], wanted: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -254,6 +263,24 @@ def _half_steps(x: Value) -> Value:
     return steps * 3 + x
 
 
+def _steps_of(*ps: Value) -> tuple:
+    """An optimizer's step: parameters, then as many gradients."""
+    half = len(ps) // 2
+    return tuple(p - 0.1 * (g * g).sqrt() for p, g in zip(ps[:half], ps[half:], strict=True))
+
+
+def _sums(*xs: Value) -> tuple:
+    return tuple(x.sum([0]) for x in xs)
+
+
+def _waiting(x: Value, y: Value, w: Value) -> tuple:
+    """Two that are ready, two that wait for a product, and one for those."""
+    a, b = x.sin() * 2, y.cos() * 3
+    c = a.call(aten.mm.default, w)
+    d, e = c.sum([0]), (c * 2).exp()
+    return b, d, e, (e.sum([1]) + 1).sqrt()
+
+
 TS = ({"T": 0}, {"T": 1}, {"T": 5}, {"T": 33})
 PATTERNS: list[Case] = [
     Case("softmax", _softmax, (In(F32, (T, 7)),), TS),
@@ -277,6 +304,16 @@ PATTERNS: list[Case] = [
     Case("two_phase_mean", lambda x: (x * 2).call(aten.mean.dim, [0, 1], True) + 1, (In(BF16, (1000, 70)),)),
     Case("two_phase_amax", lambda x: (-x).call(aten.amax.default, [0]) * 2, (In(F32, (100003,)),)),
     Case("two_phase_columns", lambda x: (x * 2).sum([0]), (In(F32, (3000, 24)),)),
+]  # fmt: skip
+
+# Calls and kernels that wait for none of each other.
+TOGETHER: list[Case] = [
+    Case("step", _steps_of, tuple(In(F32, s) for _ in range(2) for s in ((40, 1), (40,), (40, 40), (1,)))),
+    Case("sums", _sums, (In(F32, (25, 40, 40)), In(F32, (25,)), In(BF16, (25, 3)), In(I64, (25, 2)), In(F64, (5, 25)))),
+    Case("sums_of_rows", _sums, (In(F32, (T, 9)), In(F32, (T, 3, 2)), In(F32, (T,))), TS),
+    Case("waiting", _waiting, (In(F32, (20, 30)), In(F32, (7,)), In(F32, (30, 12)))),
+    Case("many", lambda *xs: tuple(x * 2 for x in xs), tuple(In(F32, (n + 1,)) for n in range(40))),
+    Case("same", lambda x, y: (x.tanh() * 2, y.tanh() * 2, (x + y).exp()), (In(F32, (T, 5)), In(F32, (T, 5))), TS),
 ]  # fmt: skip
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 
-from kernel_cases import OPS, OPS_BF16, OPS_F64, PATTERNS, graph_of, kernel_of
+from kernel_cases import OPS, OPS_BF16, OPS_F64, PATTERNS, TOGETHER, graph_of, kernel_of
+from product_cases import PRODUCTS, graphs
 from task_cases import TASKS, graph_and_inputs, tasks_of
 
-from fxfunc.codegen import tiles, triton
 from fxfunc.codegen.fuse import fuse, kernels_of
+from fxfunc.codegen.mapped import Together
+from fxfunc.codegen.together import together
+from fxfunc.codegen.written import write
 
 
 def sources() -> list[str]:
     """Their Triton source, products in float32."""
     ops = [kernel_of(graph_of(c))[0] for c in OPS + OPS_F64 + OPS_BF16]
     groups = [k for c in PATTERNS for k in kernels_of(fuse(graph_of(c)))]
+    products = [k for c in PRODUCTS for k in kernels_of(graphs(c)[1])]
     maps = [t for c in TASKS for t in tasks_of(graph_and_inputs(c, 3)[0])[0]]
-    return [triton.source(k) for k in ops + groups] + [tiles.source(t, "ieee").text for t in maps]
+    joined = [k for c in TOGETHER for k in kernels_of(together(fuse(graph_of(c)))) if isinstance(k, Together)]
+    return [write(k, 90, "ieee").text for k in ops + groups + products + maps + joined]
 
 
 def fingerprint() -> str:

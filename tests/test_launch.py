@@ -8,13 +8,15 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import F16, F32, PATTERNS, Case, In, T, assert_equal, graph_of, inputs_of, run
+from kernel_cases import F16, F32, PATTERNS, TOGETHER, Case, In, T, assert_equal, graph_of, inputs_of, run
+from product_cases import PRODUCTS, graphs, product_inputs
 from task_cases import TASKS, graph_and_inputs
 
 from fxfunc.codegen import eager, launch
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.grid import with_tasks
 from fxfunc.codegen.loops import Arg, Kernel
+from fxfunc.codegen.together import together
 from fxfunc.passes import errors
 from fxfunc.passes.errors import BackendError
 from fxfunc.passes.pipeline import for_aten, lowered
@@ -65,7 +67,7 @@ class RecordingDriver:
 def binary(**changes) -> launch.Binary:
     """A binary of a kernel with two inputs and an output, over T rows."""
     k = Kernel((T,), (Arg((T, 4), F32), Arg((4,), F16), Arg((T,), F32, True)), (), "k")
-    fields = dict(kernel=k, name="k", target="cuda:90", cubin=b"code", ptx="", source="", rows=4, warps=4,
+    fields = dict(kernel=k, name="k", target="cuda:90", cubin=b"code", ptx="", source="", block=(4,), warps=4,
                   types=("*fp32", "*fp16", "*fp32", "i64"), shared=0, regs=8, spills=0)  # fmt: skip
     return launch.Binary(**(fields | changes))
 
@@ -235,6 +237,24 @@ def test_kernels_on_a_gpu_equal_eager(case):
     for sizes in case.sizes:
         inputs = inputs_of(case, sizes)
         assert_equal(run(fused, inputs, sizes, on_gpu), run(graph_of(case), inputs, sizes), scale=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TOGETHER, ids=[c.name for c in TOGETHER])
+def test_kernels_together_on_a_gpu_equal_eager(case):
+    joined = together(fuse(graph_of(case)))
+    for sizes in case.sizes:
+        inputs = inputs_of(case, sizes)
+        assert_equal(run(joined, inputs, sizes, on_gpu), run(graph_of(case), inputs, sizes), scale=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PRODUCTS, ids=[c.name for c in PRODUCTS])
+def test_products_on_a_gpu_equal_eager(case):
+    graph, fused = graphs(case)
+    for sizes in case.sizes:
+        inputs = product_inputs(case, sizes)
+        assert_equal(run(fused, inputs, sizes, on_gpu), run(graph, inputs, sizes), scale=20)
 
 
 def test_files_of_a_binary_give_it_back():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import F32, OPS, OPS_BF16, OPS_F64, PATTERNS, Case, In, T, graph_of, kernel_of
+from kernel_cases import F32, F64, OPS, OPS_BF16, OPS_F64, PATTERNS, Case, In, T, graph_of, kernel_of
 from kernel_corpus import fingerprint
 
 from fxfunc.codegen import offline, triton
@@ -171,7 +171,7 @@ def test_equal_kernels_are_emitted_and_compiled_once():
         return ((a + 1).sin() * 2).call(aten.mm.default, w) + y
 
     fused, binaries = offline.compile_graph(
-        graph_of(Case("twice", f, (In(F32, (8, 8)), In(F32, (8, 8)), In(F32, (8, 8)))))
+        graph_of(Case("twice", f, (In(F64, (8, 8)), In(F64, (8, 8)), In(F64, (8, 8)))))
     )
     uses = [n.args[0] for n in fused.nodes if n.target is kernel]
     assert len(uses) == 2 and uses[0] is uses[1] and list(binaries) == [uses[0].name]

@@ -1,0 +1,163 @@
+"""Kernels with a product of matrices (`loops.Dot`): their axes and blocks. Entry points: `axes`, `blocks`, `programs`.
+
+Rows are the grid axes that no right factor is read along, columns those of right factors alone; the others are a batch. Blocks
+follow from shapes, dtype, target and precision alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from fxfunc.passes.dims import Dim, Size, estimate, numel
+
+from .loops import Dot, Iota, Kernel, Load, Store
+from .mapped import Tasks, Together
+from .triton import power
+
+PROCESSORS = 128  # about as many as a large device has
+
+
+def is_product(k: object) -> bool:
+    """True for a kernel that is written here."""
+    return isinstance(k, Kernel) and any(isinstance(x, Dot) for x in k.body)
+
+
+# ---- axes ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The grid axes of a product, by number."""
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def axes(k: Kernel) -> Axes:
+    """Which are rows, columns and batch: an axis that no factor is read along counts as rows."""
+    along = reads_along(k)
+    dots = [x for x in k.body if isinstance(x, Dot)]
+    left, right = (
+        frozenset().union(*(along[i] for i in side)) for side in ([d.x for d in dots], [d.y for d in dots])
+    )
+    every = range(len(k.grid))
+    return Axes(
+        tuple(a for a in every if a in left and a in right),
+        tuple(a for a in every if a not in right),
+        tuple(a for a in every if a in right and a not in left),
+    )
+
+
+def reads_along(k: Kernel) -> list[frozenset[int]]:
+    """Of each value, the grid axes that it changes along; -1 stands for the tile."""
+    out: list[frozenset[int]] = []
+    for x in k.body:
+        own = set().union(*(out[i] for i in x.inputs)) if x.inputs else set()
+        if isinstance(x, (Load, Iota, Store)):
+            own |= {a for a, s in enumerate(x.index.grid) if s != 0}
+            own |= {-1} if any(s != 0 for s in x.index.tile) else set()
+        out.append(frozenset(own - {-1} if isinstance(x, Dot) else own))
+    return out
+
+
+def terms_of(k: Kernel) -> tuple[Size, ...]:
+    """The tile that its products sum over."""
+    return next(x.shape for x in k.body if isinstance(x, Dot))
+
+
+# ---- blocks ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Rows, columns and terms of a block, and how it is compiled; `described` factors are read through tensor descriptors."""
+
+    rows: int
+    columns: int
+    terms: int
+    warps: int
+    stages: int
+    described: bool
+
+
+def blocks(k: Kernel, capability: int, precision: str) -> Blocks:
+    """The blocks of a product for a compute capability."""
+    a = axes(k)
+    batch, rows, columns = (estimate(numel(k.grid[i] for i in part)) for part in (a.batch, a.rows, a.columns))
+    terms = estimate(numel(terms_of(k)))
+    dots = [x for x in k.body if isinstance(x, Dot)]
+    half = all(k.types[d.x][1].itemsize == 2 for d in dots)
+    most = 128 if half and len(dots) == 1 else 64
+    block = [min(most, max(16, power(n))) for n in (rows, columns)]
+    while max(block) > 32 and batch * -(-rows // block[0]) * -(-columns // block[1]) < PROCESSORS:
+        block[block.index(max(block))] //= 2
+    deep = 64 if half else 32 if precision != "ieee" else 16
+    step = min(deep, max(16, power(terms)))
+    warps = 8 if block[0] * block[1] >= 128 * 128 else 4
+    described = capability >= 90 and half and min(block) >= 64 and terms >= 4 * step and not is_wide(k)
+    return Blocks(*block, step, warps, 3 if terms > step else 1, described)
+
+
+def is_wide(k: Kernel) -> bool:
+    """True if an argument may have 2^31 elements, so that offsets are int64."""
+    return any(isinstance(n, Dim) or n >= 2**31 for n in (numel(a.shape) for a in k.args))
+
+
+def programs(k: Kernel | Tasks | Together, block: tuple[int, ...]) -> Size:
+    """How many programs cover a kernel in blocks: of its grid; of a product, of rows and columns; of several, of each."""
+    if isinstance(k, Together):
+        return sum((programs(p, (n,)) for p, n in zip(k.parts, block, strict=True)), 0)
+    if not is_product(k):
+        return (numel(k.grid) + (block[0] - 1)) // block[0]
+    a = axes(k)
+    batch, rows, columns = (numel(k.grid[i] for i in part) for part in (a.batch, a.rows, a.columns))
+    return batch * ((rows + (block[0] - 1)) // block[0]) * ((columns + (block[1] - 1)) // block[1])
+
+
+# ---- which products are worth being in a kernel ----
+
+# Of an H200, from its data sheet and the share of it that such kernels are known to reach; not measured here.
+LAUNCH = 4e-6  # seconds that a launch costs
+BANDWIDTH = 4e12  # bytes a second
+RATES = {
+    "ieee": 25e12,
+    "tf32x3": 80e12,
+    "bf16x6": 45e12,
+    "tf32": 250e12,
+}  # operations a second of float32 in kernels here
+HALF = 450e12
+ATEN = {torch.float32: 50e12, torch.float16: 700e12, torch.bfloat16: 700e12}  # and in those that ATen calls
+LONGEST_SUM = 8192  # terms of a product of one row or column in one program
+
+
+def why_aten(n: Node, precision: str) -> str | None:
+    """Why a product is better ATen's than in a kernel with what is around it, or None.
+
+    What a kernel saves is a launch and writing and reading the result once; what it costs is what ATen multiplies faster.
+    """
+    val, terms = n.meta["val"], estimate(n.args[0].meta["val"].shape[-1])
+    if val.dtype not in ATEN or any(x.meta["val"].dtype != val.dtype for x in n.all_input_nodes):
+        return f"a product of {val.dtype}"
+    shape = [estimate(s) for s in val.shape]
+    if 0 in shape or terms == 0:
+        return "an empty product"
+    if 1 in shape[-2:]:
+        return "a long sum" if terms > LONGEST_SUM else None
+    ours = RATES[precision] if val.dtype is torch.float32 else HALF
+    longer = 2 * math.prod(shape) * terms * (1 / ours - 1 / ATEN[val.dtype])
+    saved = LAUNCH + 2 * math.prod(shape) * val.dtype.itemsize / BANDWIDTH
+    if few_blocks(shape, terms):
+        return "few blocks of many terms, which ATen splits"
+    return None if longer < saved else "a large product, which ATen multiplies faster"
+
+
+def few_blocks(shape: Sequence[int], terms: int) -> bool:
+    """True for a product that too few programs would do, each a long loop."""
+    *batch, rows, columns = shape
+    return math.prod(batch) * -(-rows // 32) * -(-columns // 32) < PROCESSORS // 4 and terms > 1024
