@@ -201,6 +201,22 @@ def with_kernels(graph: Graph, native: Graph, kernels: list[Binary], target: str
     return Program(graph, "triton", target, call, native, kernels)
 
 
+def replayed(program: Program) -> Program:
+    """The program with its kernels launched at once, as a CUDA graph; `BackendError` if there is something else in it."""
+    from .launch import Launcher
+    from .replay import Replay, refusal
+
+    why = "its programs are no kernels" if program.backend != "triton" else refusal(program.native)
+    if why is not None:
+        raise errors.BackendError(
+            backend=program.backend, what=f"no CUDA graph: {why}", instead="Call it without."
+        )
+    if program.call is None:
+        return program
+    call = Replay(program.native, {b.kernel: Launcher(b) for b in program.kernels})
+    return dataclasses.replace(program, call=call)
+
+
 def with_programs(
     native: Graph,
     programs: list[Native],

@@ -27,6 +27,7 @@ from fxfunc.passes.graph import Graph, Literal, Op, Val, barrier, cond, constant
 from .calls import best
 from .loops import Kernel, native
 from .loops import kernel as kernel_op
+from .mapped import Tasks, Together
 from .promises import promises
 
 # What a graph becomes: flat tensors in (its inputs), flat results out.
@@ -480,7 +481,7 @@ def _dims_used(graph: Graph) -> list[str]:
 def _dims_in(x: object) -> set[str]:
     if isinstance(x, Dim):
         return x.names()
-    if isinstance(x, Kernel):
+    if isinstance(x, (Kernel, Tasks, Together)):
         return set(x.sizes)
     if isinstance(x, Graph):
         shapes = {name for v in x.out_vals if v is not None for name in _dims_in(list(v.shape))}

@@ -162,7 +162,7 @@ class Launcher:
     def __init__(self, binary: Binary, cuda: Driver | None = None):
         self.binary, self.cuda = binary, cuda
         self._functions: dict[int, ctypes.c_void_p] = {}
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._free: list[Cells] = []
         self._threads = threading.local()
 
@@ -176,26 +176,29 @@ class Launcher:
         self, operands: Sequence[Tensor], sizes: dict[str, int], device: int, stream: int
     ) -> tuple[Tensor, ...]:
         """Allocate the outputs and launch on a stream of the current device."""
-        values = tuple(sizes[name] for name in self.binary.kernel.sizes)
-        plan = self._plans.get(values) or self._planned(values, sizes)
-        inputs = [x if _is_dense(x) else _dense(x) for x in operands]
-        first = inputs[0]
-        outputs = tuple([first.new_empty(shape, dtype=dtype) for shape, dtype in plan.outputs])
+        values, plan = self.plan(sizes)
+        inputs = [x if is_dense(x) else _dense(x) for x in operands]
+        outputs, memory = plan.allocate(inputs[0])
         if plan.count:
-            function = self._functions.get(device) or self._load(device, operands[0].device)
-            if not getattr(self._threads, "ready", False):
-                self._driver().ensure_context(device)
-                self._threads.ready = True
-            memory = [first.new_empty(n, dtype=torch.uint8) if n else None for n in plan.memory]
-            work, scratch = memory[: len(memory) - 2], memory[-2:]
-            pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *outputs, *work)]
-            last = [0 if x is None else x.data_ptr() for x in scratch]
+            function = self.function(device, operands[0].device)
             cells = self._cells()
-            cells.pack((*pointers, *values), last)
-            self._driver().call("cuLaunchKernel", function, plan.count, 1, 1, 32 * self.binary.warps, 1, 1, self.binary.shared,
-                                ctypes.c_void_p(stream), cells.params, None)  # fmt: skip
+            cells.pack(parameters(inputs, outputs, memory, values))
+            self.driver().call("cuLaunchKernel", function, plan.count, 1, 1, 32 * self.binary.warps, 1, 1, self.binary.shared,
+                               ctypes.c_void_p(stream), cells.params, None)  # fmt: skip
             self._free.append(cells)
         return outputs
+
+    def plan(self, sizes: dict[str, int]) -> tuple[tuple[int, ...], Plan]:
+        """The values of its symbolic sizes, and what follows from them."""
+        values = tuple(sizes[name] for name in self.binary.kernel.sizes)
+        return values, self._plans.get(values) or self._planned(values, sizes)
+
+    def function(self, device: int, where: torch.device) -> ctypes.c_void_p:
+        """The function on a device, whose context is current in this thread then."""
+        if not getattr(self._threads, "ready", False):
+            self.driver().ensure_context(device)
+            self._threads.ready = True
+        return self._functions.get(device) or self._load(device, where)
 
     def _cells(self) -> Cells:
         """Memory for the parameters that no other thread has."""
@@ -204,20 +207,20 @@ class Launcher:
         except IndexError:
             return Cells(self.binary.types)
 
-    def _driver(self) -> Driver:
+    def driver(self) -> Driver:
+        """libcuda, or what stands for it."""
         if self.cuda is None:
             self.cuda = driver()
         return self.cuda
 
     def _load(self, device: int, where: torch.device) -> ctypes.c_void_p:
         """The function on a device."""
-        self._driver().ensure_context(device)
         capability = torch.cuda.get_device_capability(where) if where.type == "cuda" else None
         code = self.binary.cubin if capability is None else code_for(self.binary, capability)
-        self._functions[device] = self._driver().function(self.binary, code)
+        self._functions[device] = self.driver().function(self.binary, code)
         return self._functions[device]
 
-    def _planned(self, values: tuple[int, ...], sizes: dict[str, int]) -> _Plan:
+    def _planned(self, values: tuple[int, ...], sizes: dict[str, int]) -> Plan:
         """What follows from sizes, which are checked."""
         b = self.binary
         parts = b.kernel.parts if isinstance(b.kernel, Together) else [b.kernel]
@@ -229,20 +232,25 @@ class Launcher:
         outputs = [([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.outputs]
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        plan = self._plans[values] = _Plan(count, outputs, [n * count for n in needs])
+        plan = self._plans[values] = Plan(count, outputs, [n * count for n in needs])
         return plan
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Of given sizes: programs, shapes and dtypes of outputs, and bytes of scratch memory of each kind."""
 
     count: int
     outputs: list[tuple[list[int], torch.dtype]]
     memory: list[int]
 
+    def allocate(self, like: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+        """The outputs, and scratch memory: that of tasks if it is a map, then global and profile scratch."""
+        outputs = tuple([like.new_empty(shape, dtype=dtype) for shape, dtype in self.outputs])
+        return outputs, [like.new_empty(n, dtype=torch.uint8) if n else None for n in self.memory]
+
 
 class Cells:
-    """The parameters of a launch and two pointers to scratch memory, each in a cell of its type, and pointers to the cells."""
+    """The parameters of a launch, the last two pointers to scratch memory, each in a cell of its type, and pointers to them."""
 
     def __init__(self, types: Sequence[str]):
         formats = [*map(_format, types), "Q", "Q"]
@@ -252,9 +260,16 @@ class Cells:
         starts = itertools.accumulate(widths[:-1], initial=ctypes.addressof(self.memory))
         self.params = (ctypes.c_void_p * len(widths))(*starts)
 
-    def pack(self, values: Sequence[int | float], scratch: Sequence[int]) -> None:
+    def pack(self, values: Sequence[int | float]) -> None:
         """Write all values."""
-        self._pack(self.memory, 0, *values, *scratch)
+        self._pack(self.memory, 0, *values)
+
+
+def parameters(operands: Sequence[Tensor], outputs: Sequence[Tensor], memory: Sequence[Tensor | None], values: Sequence[int]
+               ) -> list[int]:  # fmt: skip
+    """Those of a launch in order: pointers, values of sizes, and global and profile scratch."""
+    pointers = [0 if x is None else x.data_ptr() for x in (*operands, *outputs, *memory)]
+    return [*pointers[:-2], *values, *pointers[-2:]]
 
 
 def _format(kind: str) -> str:
@@ -285,7 +300,7 @@ def code_for(binary: Binary, capability: tuple[int, int]) -> bytes:
     raise errors.BackendError(backend="triton", what=what, instead=f'Compile with target="{here}".')
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """True for what the kernels read as it is: row-major, aligned, without a negative bit."""
     return x.is_contiguous() and not x.data_ptr() % _ALIGNMENT and not x.is_neg()
 

@@ -91,7 +91,7 @@ def test_parameters_are_packed_in_order_with_two_null_scratch_pointers():
 def test_a_value_is_packed_as_its_recorded_type(kind, value):
     types = {"i64": I64, "i32": ctypes.c_int32, "fp32": ctypes.c_float, "fp64": ctypes.c_double, "*fp32": U64}
     cells = launch.Cells(("i32", kind))
-    cells.pack((7, value), (1, 2))
+    cells.pack((7, value, 1, 2))
     found = [ctypes.cast(p, ctypes.POINTER(t)).contents.value
              for p, t in zip(cells.params, (ctypes.c_int32, types[kind], U64, U64), strict=True)]  # fmt: skip
     assert found == [7, value, 1, 2]
