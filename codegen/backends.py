@@ -243,8 +243,7 @@ def _triton(low: Graph, graph: Graph, target: str, precision: str | None = None)
     """Maps are kernels, so it takes the graph before they are batched; what runs anywhere is made of the batched one."""
     from . import offline
 
-    notes: list[str] = []
-    native, kernels = offline.compile_graph(graph, target, precision, notes)
+    native, kernels, notes = offline.compile_graph(graph, target, precision)
     saw("fuse", native)
     for name, binary in kernels.items():
         saw_source(f"kernel-{name}", binary.source)

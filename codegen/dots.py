@@ -12,8 +12,9 @@ import torch
 
 from fxfunc.passes.dims import Dim, Size, numel
 
+from .axes import axes, reads_along, terms_of
 from .loops import Dot, Index, Iota, Kernel, Load, Store
-from .products import Blocks, axes, is_wide, reads_along, terms_of
+from .products import Blocks, is_wide
 from .triton import HELPERS, TYPES, Instructions, module, size_text
 
 GROUP = 8  # blocks of rows that are done before the next block of columns, so that both stay in cache

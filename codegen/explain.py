@@ -51,8 +51,10 @@ def rows_of(graph: Graph) -> list[Row]:
     for n in graph.nodes:
         if n.target is kernel:
             rows += placed(n, f"kernel {n.args[0].name}")
+        elif n.target is scan:
+            rows += [row(n, "a loop in Python"), *rows_of(n.args[0])]
         elif n.target is not getitem and not is_free(n):
-            rows.append(row(n, "a loop in Python" if n.target is scan else "ATen"))
+            rows.append(row(n, "ATen"))
     return rows
 
 

@@ -8,14 +8,14 @@ Groups of one call, matmuls, convolutions and everything else stay ATen nodes. W
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.fx import Node
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Size, estimate, numel
-from fxfunc.passes.graph import Graph, Op, Val, getitem, substitute
+from fxfunc.passes.graph import Graph, Op, Val, getitem, subgraphs, substitute
 from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
@@ -324,5 +324,14 @@ class _Fused:
 
 
 def kernels_of(graph: Graph) -> list[Kernel]:
-    """The distinct kernels of a fused graph, in order of first use."""
-    return list(dict.fromkeys(n.args[0] for n in graph.nodes if n.target is kernel))
+    """The distinct kernels of a fused graph and of the bodies of its loops and branches, in order of first use."""
+    return list(dict.fromkeys(n.args[0] for n in kernel_nodes(graph)))
+
+
+def kernel_nodes(graph: Graph) -> Iterator[Node]:
+    """The `kernel` nodes of a graph and of the bodies of its loops and branches."""
+    for n in graph.nodes:
+        if n.target is kernel:
+            yield n
+        for g in subgraphs(n):
+            yield from kernel_nodes(g)

@@ -6,7 +6,7 @@ is large is better done by ATen for all examples at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.fx import Node
 
@@ -29,8 +29,10 @@ MOST_LINES = 1200  # of a kernel; it would compile for long
 MOST_PADDING = 8  # times the multiplications that there are
 
 
-def with_tasks(graph: Graph, precision: str, notes: list[str]) -> Graph:
-    """The graph with `kernel` nodes for the maps that are worth it; why others are not is added to `notes`."""
+def with_tasks(graph: Graph, precision: str, refused: Mapping[str, str], notes: list[str]) -> Graph:
+    """The graph with `kernel` nodes for the maps that are worth it; why others are not is added to `notes`.
+
+    `refused` are the texts of kernels that were compiled and cannot be launched, with why."""
     graph = with_whole_maps(graph)
     b, count = Builder(None), 0
 
@@ -44,7 +46,7 @@ def with_tasks(graph: Graph, precision: str, notes: list[str]) -> Graph:
         if why is None:
             name = f"tasks_{count + 1}" if count else "tasks"
             tasks = Tasks(flat(args[0]), length, tuple(kwargs["mapped"]), outs, programs, name)
-            why = why_batched(tasks, precision)
+            why = refused.get(str(tasks)) or why_batched(tasks, precision)
         if why is not None:
             notes.append(f"a map of {length} is batched: {why}")
             return b.emit(op, args, kwargs)

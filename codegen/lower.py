@@ -17,6 +17,7 @@ from fxfunc.passes.dims import Dim, Size, numel
 from fxfunc.passes.graph import Op, Val, constant
 from fxfunc.passes.infer import OWN
 
+from .axes import axes, is_product
 from .expr import Body, Expr
 from .index import (
     VIEWS,
@@ -200,8 +201,10 @@ class _Lowering:
             self.store(len(self.operands) + j, n, x, maps[n]) for j, (n, x) in enumerate(values.items())
         ]
         grid = tuple(self.space.sizes[a] for a in self.grid)
-        kernel = collapse(Kernel(grid, tuple(args), self.body.finish(stores), name))
-        return verify(kernel), tuple(self.operands)
+        kernel = verify(collapse(Kernel(grid, tuple(args), self.body.finish(stores), name)))
+        if is_product(kernel) and not (axes(kernel).rows and axes(kernel).columns):
+            raise NotFusable("products of other sizes")
+        return kernel, tuple(self.operands)
 
     # -- values --
 
@@ -265,7 +268,8 @@ class _Lowering:
         elif 1 in node.meta["val"].shape[-2:]:
             out = (a.cast(wide) * b.cast(wide)).reduce("sum")
         else:
-            out = a.dot(b, wide)
+            turned = any(c != 0 and self.root[-2].coefs[i] != 0 for i, c in enumerate(row.coefs))
+            out = b.dot(a, wide) if turned else a.dot(b, wide)  # rows are those of the root
         out = out.cast(dtype)
         self.body.source = ""
         self.body.name(out, node.name)

@@ -8,26 +8,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Mapping
 
 import torch
 
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw
-from fxfunc.passes.graph import Graph
+from fxfunc.passes.graph import Graph, Op, map_, subgraphs
 from fxfunc.passes.pipeline import lowered
+from fxfunc.passes.record import Builder
 
 from . import products, tiles
 from .cubin import resources
-from .fuse import fuse, kernels_of
+from .fuse import fuse, kernel_nodes, kernels_of
 from .grid import with_tasks
 from .launch import Binary
-from .loops import Kernel, kernel
+from .loops import Kernel
 from .mapped import Tasks, Together
 from .together import together
 from .triton import POINTERS, load
 from .written import write
 
-CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
+# Bytes of shared memory that a program can have, by compute capability.
+SHARED = {
+    80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10
+}  # fmt: skip
 # Of products of float32 in kernels. The first two are as accurate as float32 multiplications, tf32x3 almost, tf32 is not.
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "tf32")
 
@@ -35,8 +40,8 @@ PRECISIONS = ("ieee", "bf16x6", "tf32x3", "tf32")
 def capability_of(target: str) -> int:
     """`cuda:90` -> 90, or `BackendError`."""
     found = re.fullmatch(r"cuda:(\d{2,3})", target)
-    if found is None or int(found[1]) not in CAPABILITIES:
-        known = ", ".join(f"cuda:{c}" for c in CAPABILITIES)
+    if found is None or int(found[1]) not in SHARED:
+        known = ", ".join(f"cuda:{c}" for c in SHARED)
         raise errors.BackendError(
             backend="triton", what=f"no such target: {target!r}", instead=f"Use one of {known}."
         )
@@ -93,20 +98,77 @@ def maxnreg(warps: int) -> int:
 
 
 def compile_graph(
-    graph: Graph, target: str = "cuda:90", precision: str | None = None, notes: list[str] | None = None
-) -> tuple[Graph, dict[str, Binary]]:
-    """The graph with its maps and groups as `kernel` nodes, and each distinct kernel compiled, by name.
-
-    Why maps are none is added to `notes`."""
+    graph: Graph, target: str = "cuda:90", precision: str | None = None
+) -> tuple[Graph, dict[str, Binary], list[str]]:
+    """The graph with its maps and groups as `kernel` nodes, each distinct kernel compiled, by name, and why maps are none."""
     precision = precision_for(target, precision)
-    tasks = saw("tasks", with_tasks(graph, precision, [] if notes is None else notes))
-    fused = together(fuse(lowered(tasks), takes=lambda n: products.why_aten(n, precision) is None))
-    for n in fused.nodes:
-        if n.target is kernel and isinstance(n.args[0], Tasks):
+    refused: dict[str, str] = {}
+    while True:
+        notes: list[str] = []
+        done = fused(graph, precision, refused, notes)
+        binaries = {
+            k.name: dataclasses.replace(compile(k, target, precision), kernel=k) for k in kernels_of(done)
+        }
+        large = [b for b in binaries.values() if b.shared > SHARED[capability_of(target)]]
+        if not large:
+            return done, binaries, notes
+        for b in large:
+            refused[_refusable(b, target)] = _too_large(b, target)
+
+
+def _too_large(b: Binary, target: str) -> str:
+    return f"its kernel takes {b.shared >> 10} KiB of shared memory, {target} has {SHARED[capability_of(target)] >> 10}"
+
+
+def _refusable(b: Binary, target: str) -> str:
+    """The text of a map, which can be batched; blocks of other kernels are chosen to fit."""
+    if isinstance(b.kernel, Tasks):
+        return str(b.kernel)
+    raise errors.BackendError(
+        backend="triton",
+        what=f"{b.name}: {_too_large(b, target)}",
+        instead='Use backend="eager", and report it.',
+    )
+
+
+def fused(graph: Graph, precision: str, refused: Mapping[str, str], notes: list[str]) -> Graph:
+    """The graph with all its kernels, each with the calls that it is made of."""
+    maps = _each(lambda g: with_tasks(g, precision, refused, notes), graph, skip=(map_,))
+    takes = lambda n: products.why_aten(n, precision) is None  # noqa: E731
+    out = _named(_each(lambda g: together(fuse(g, takes=takes)), lowered(saw("tasks", maps))))
+    for n in kernel_nodes(out):
+        if isinstance(n.args[0], Tasks):
             n.meta["members"] = tiles.source(n.args[0], precision).rows
-    return fused, {
-        k.name: dataclasses.replace(compile(k, target, precision), kernel=k) for k in kernels_of(fused)
-    }
+    return out
+
+
+def _each(step: Callable[[Graph], Graph], graph: Graph, skip: tuple[Op, ...] = ()) -> Graph:
+    """The graph after a step, which the bodies of its loops and branches have taken first, but for those of ops to skip."""
+    if any(n.target not in skip for n in graph.nodes for _ in subgraphs(n)):
+        b = Builder(None)
+
+        def call(op: Op, args: tuple, kwargs: dict):
+            bodies = op not in skip
+            args = tuple(_each(step, x, skip) if bodies and isinstance(x, Graph) else x for x in args)
+            return b.emit(op, args, kwargs)
+
+        graph = b.finish(b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call))
+    return step(graph)
+
+
+def _named(graph: Graph) -> Graph:
+    """The same graph, equal kernels one object, each with a name of its own."""
+    known: dict[object, object] = {}
+    names: dict[str, int] = {}
+    for n in kernel_nodes(graph):
+        k, *operands = n.args
+        if k not in known:
+            name = re.sub(r"_\d+$", "", k.name)
+            names[name] = names.get(name, 0) + 1
+            unique = name if names[name] == 1 else f"{name}_{names[name]}"
+            known[k] = dataclasses.replace(k, name=unique)
+        n.args = (known[k], *operands)
+    return graph
 
 
 def table(binaries: dict[str, Binary]) -> list[dict[str, object]]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxfunc.passes.graph import Graph, constant, getitem, is_random, root
+from fxfunc.passes.graph import Graph, constant, getitem, is_random, root, scan
 
 from . import eager
 from .cost import named
+from .fuse import kernel_nodes
 from .index import VIEWS
 from .launch import Cells, Driver, Launcher, is_dense, parameters
 from .loops import Kernel, kernel
@@ -31,13 +32,28 @@ _PLANS = 16  # of sizes that are remembered; each keeps the memory between its k
 
 
 def refusal(graph: Graph) -> str | None:
-    """Why a program is no CUDA graph: calls that are no kernels, or results that no kernel made; None if it is one."""
-    for n in graph.nodes:
-        if n.target not in (kernel, getitem) and n.target not in VIEWS and not _is_fixed(n):
-            return f"{named(n)} is ATen's"
+    """Why a program is no CUDA graph: calls that are no kernels, or results that no kernel made; None if it is one.
+
+    Loops are unrolled in the graph, unless they stack results, which is done by copies."""
+    if not any(True for _ in kernel_nodes(graph)):
+        return "it has no kernels"
+    if (why := _call_refusal(graph)) is not None:
+        return why
     for n in graph.outputs:
-        if n is not None and _origin(n).target is not kernel:
+        if n is not None and _origin(n).target not in (kernel, scan):
             return f"the result {n} is not made by a kernel"
+    return None
+
+
+def _call_refusal(graph: Graph) -> str | None:
+    for n in graph.nodes:
+        if n.target is scan:
+            if len(n.meta["val"]) > len(n.args[2]):
+                return f"{named(n)} stacks results"
+            if (why := _call_refusal(n.args[0])) is not None:
+                return why
+        elif n.target not in (kernel, getitem) and n.target not in VIEWS and not _is_fixed(n):
+            return f"{named(n)} is ATen's"
     return None
 
 

@@ -63,15 +63,16 @@ class Product:
         rows, columns, terms = power(self.rows), power(self.columns), power(self.terms)
         dot = max(rows, columns) > 1
         thin = min(rows, columns) == 1
-        block_terms = min(
-            max(terms, LEAST_TERMS if dot else 1), BLOCK if not dot else THIN_TERMS if thin else TERMS
-        )
         block_rows, block_columns = rows, columns
         while block_rows * block_columns > BLOCK:
             if block_rows >= block_columns:
                 block_rows //= 2
             else:
                 block_columns //= 2
+        most = BLOCK if not dot else TERMS
+        if dot and thin:  # all of the matrix's block is in shared memory
+            most = max(TERMS, min(THIN_TERMS, BLOCK // max(block_rows, block_columns)))
+        block_terms = min(max(terms, LEAST_TERMS if dot else 1), most)
         r, c, k = (self._dimension(n, b, name) for n, b, name in (
             (self.rows, block_rows, "r"), (self.columns, block_columns, "c"), (self.terms, block_terms, "k")))  # fmt: skip
         p.work += self.rows * self.columns * self.terms

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 from . import dots, products, tiles, triton
+from .axes import is_product
 from .loops import Kernel
 from .mapped import Tasks, Together
 from .tile_program import WARPS
@@ -34,7 +35,7 @@ def write(k: Kernel | Tasks | Together, capability: int, precision: str) -> Writ
     if isinstance(k, Together):
         parts = [triton.schedule(p) for p in k.parts]
         return Written(together_source(k), parts[0].warps, tuple(s.rows for s in parts))
-    if products.is_product(k):
+    if is_product(k):
         b = products.blocks(k, capability, precision)
         return Written(dots.source(k, b, precision), b.warps, (b.rows, b.columns), stages=b.stages)
     s = triton.schedule(k)

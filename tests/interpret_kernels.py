@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from kernel_cases import (
     run,
 )
 from kernel_corpus import fingerprint
+from loop_cases import LOOPS, Loop, inputs_of_loop
+from loop_cases import with_kernels as loops_with_kernels
 from product_cases import PRODUCTS, graphs, product_inputs, random_product
 from task_cases import TASKS, Mapped, graph_and_inputs, random_tasks
 
@@ -68,6 +71,21 @@ def check_together(case: Case) -> None:
         assert_equal(run(joined, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
 
 
+def check_loop(loop: Loop) -> None:
+    """The loop in Python, its kernels interpreted."""
+    graph, _ = loops_with_kernels(loop)
+    inputs = inputs_of_loop(loop)
+    launchers = {k: functools.partial(_interpreted, k) for k in kernels_of(graph)}
+    wanted = loop.f(*inputs)
+    assert_equal(
+        eager.emit(graph, launchers)(inputs), wanted if isinstance(wanted, tuple) else (wanted,), scale=20
+    )
+
+
+def _interpreted(k, operands: list[torch.Tensor], sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    return interpret(k, operands, sizes)
+
+
 def check_maml(case: Case) -> None:
     """The groups of the main job's meta-step, on the images' shapes."""
     tasks = fxfunc.Dim("tasks")
@@ -86,7 +104,7 @@ def check_tasks(case: Mapped) -> None:
     for tasks in case.tasks or (0,):
         graph, inputs = graph_and_inputs(case, tasks)
         sizes, notes = {"tasks": tasks} if tasks else {}, []
-        fused = fuse(lowered(with_tasks(graph, "ieee", notes)))
+        fused = fuse(lowered(with_tasks(graph, "ieee", {}, notes)))
         assert not notes and any(isinstance(k, Tasks) for k in kernels_of(fused))
         wanted = eager.emit(for_aten(lowered(graph)))(inputs)
         assert_equal(run(fused, inputs, sizes, interpret), wanted, scale=40)
@@ -107,6 +125,7 @@ def failures(wanted: list[str]) -> Iterator[str]:
     cases += [(check_pattern, c) for c in PATTERNS + [random_case(seed) for seed in range(30)]]
     cases += [(check_product, c) for c in PRODUCTS + [random_product(seed) for seed in range(60)]]
     cases += [(check_together, c) for c in TOGETHER + [random_case(seed) for seed in range(30)]]
+    cases += [(check_loop, loop) for loop in LOOPS]
     cases += [(check_tasks, c) for c in TASKS]
     cases += [(check_random_tasks, Case(f"tasks-{seed}", None, ())) for seed in range(30)]
     cases.append((check_maml, Case("maml", None, ())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from kernel_cases import OPS, OPS_BF16, OPS_F64, PATTERNS, TOGETHER, graph_of, kernel_of
+from loop_cases import LOOPS, with_kernels
 from product_cases import PRODUCTS, graphs
 from task_cases import TASKS, graph_and_inputs, tasks_of
 
@@ -21,7 +22,8 @@ def sources() -> list[str]:
     products = [k for c in PRODUCTS for k in kernels_of(graphs(c)[1])]
     maps = [t for c in TASKS for t in tasks_of(graph_and_inputs(c, 3)[0])[0]]
     joined = [k for c in TOGETHER for k in kernels_of(together(fuse(graph_of(c)))) if isinstance(k, Together)]
-    return [write(k, 90, "ieee").text for k in ops + groups + products + maps + joined]
+    bodies = [k for loop in LOOPS for k in kernels_of(with_kernels(loop)[0])]
+    return [write(k, 90, "ieee").text for k in ops + groups + products + maps + joined + bodies]
 
 
 def fingerprint() -> str:

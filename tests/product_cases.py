@@ -57,6 +57,7 @@ PRODUCTS: list[Case] = [
     Case("turned", lambda x, w: turned(mm(turned(x), turned(w))) + 1, (In(F32, (35, 40)), In(F32, (50, 35)))),
     Case("gate", lambda x, v, w: mm(x, v) * mm(x, w).call(aten.sigmoid.default), (In(F32, (33, 48)), *[In(F32, (48, 40))] * 2)),
     Case("scores", _scores, (In(F32, (3, 33, 20)), In(F32, (3, 40, 20)), In(BOOL, (33, 40)))),
+    Case("both_ways", lambda x, y: mm(x, turned(y)) + turned(mm(y, turned(x))), (In(F32, (33, 20)), In(F32, (18, 20)))),
     Case("heads", _heads, (In(F32, (36, 20)), In(F32, (20, 24)))),
     Case("broadcast", lambda x, w: relu(bmm(x.expand(3, 33, 20), w)), (In(F32, (1, 33, 20)), In(F32, (3, 20, 17)))),
     Case("both", _both, (In(F32, (33, 20)), In(F32, (20, 33)))),

@@ -162,7 +162,7 @@ def random_tasks(seed: int) -> tuple[Tasks, list[Tensor]]:
 def tasks_of(graph: Graph, precision: str = "ieee") -> tuple[list[Tasks], list[str]]:
     """The kernels of a graph's maps, and why others are none."""
     notes: list[str] = []
-    made = with_tasks(graph, precision, notes)
+    made = with_tasks(graph, precision, {}, notes)
     return [n.args[0] for n in made.nodes if n.args and isinstance(n.args[0], Tasks)], notes
 
 

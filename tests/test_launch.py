@@ -225,7 +225,7 @@ def on_gpu(k, operands, sizes):
 def test_maps_on_a_gpu_equal_eager(case):
     for tasks in case.tasks or (0,):
         graph, inputs = graph_and_inputs(case, tasks)
-        fused = fuse(lowered(with_tasks(graph, "bf16x6", [])))
+        fused = fuse(lowered(with_tasks(graph, "bf16x6", {}, [])))
         wanted = eager.emit(for_aten(lowered(graph)))(inputs)
         assert_equal(run(fused, inputs, {"tasks": tasks}, on_gpu), wanted, scale=100)
 

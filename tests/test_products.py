@@ -10,6 +10,7 @@ from kernel_cases import BF16, F16, F32, F64, I64, Case, In, assert_equal, graph
 from product_cases import PRODUCTS, graphs, mm, product_inputs, random_product, relu
 
 from fxfunc.codegen import dots, offline, products
+from fxfunc.codegen.axes import Axes, axes
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import evaluate, kernel
 
@@ -81,10 +82,10 @@ def test_a_factor_whose_rows_are_not_aligned_is_read_without_a_descriptor(step):
 
 
 def test_rows_columns_and_batch():
-    assert products.axes(only_kernel(named("scores"))) == products.Axes((0,), (1,), (2,))
-    assert products.axes(only_kernel(named("heads"))) == products.Axes((), (0, 1), (2, 3))
+    assert axes(only_kernel(named("scores"))) == Axes((0,), (1,), (2,))
+    assert axes(only_kernel(named("heads"))) == Axes((), (0, 1), (2, 3))
     # a matrix that all of a batch share has more columns, not a batch
-    assert products.axes(only_kernel(named("broadcast"))) == products.Axes((), (1,), (0, 2))
+    assert axes(only_kernel(named("broadcast"))) == Axes((), (1,), (0, 2))
 
 
 def test_blocks_follow_from_shapes_and_there_are_enough_of_them():
@@ -119,7 +120,7 @@ def test_names_that_mean_something_there_are_not_taken():
 
 
 def compiled(f, *inputs):
-    fused, _ = offline.compile_graph(graph_of(Case("c", f, inputs)), "cuda:90")
+    fused, *_ = offline.compile_graph(graph_of(Case("c", f, inputs)), "cuda:90")
     return [n for n in fused.nodes if n.target is kernel], [n for n in fused.nodes if n.target is not kernel]
 
 

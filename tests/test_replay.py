@@ -6,10 +6,12 @@ import concurrent.futures
 import ctypes
 import gc
 import random
+import re
 
 import pytest
 import torch
 from kernel_cases import F32, TOGETHER, Case, In, T, graph_of, inputs_of, run
+from loop_cases import LOOPS, inputs_of_loop, with_kernels
 from torch import Tensor
 
 import fxfunc
@@ -139,7 +141,10 @@ class Here(launch.Launcher):
 
 
 def replayed(case: Case, failing: str = "") -> tuple[replay.Replay, Computing]:
-    graph = together(fuse(graph_of(case), alone=True))
+    return replay_of(together(fuse(graph_of(case), alone=True)), failing)
+
+
+def replay_of(graph, failing: str = "") -> tuple[replay.Replay, Computing]:
     lib = Computing(kernels_of(graph), failing)
     launchers = {k: Here(binary(k), launch.Driver(lib)) for k in kernels_of(graph)}
     assert replay.refusal(graph) is None
@@ -269,7 +274,24 @@ def test_after_a_failure_between_parameters_all_are_set():
     check(kept, CHAIN, inputs, {"T": 5})
 
 
+@pytest.mark.parametrize("name", ["again", "products"])
+def test_a_loop_is_unrolled_in_the_graph(name):
+    (loop,) = [x for x in LOOPS if x.name == name]
+    graph, _ = with_kernels(loop)
+    program, lib = replay_of(graph)
+    inputs = inputs_of_loop(loop)
+    for xs in (inputs, [x * 2 for x in inputs], inputs):
+        torch.testing.assert_close(program.start(xs, 0, 0), [loop.f(*xs)])
+    assert lib.calls.count("cuGraphLaunch") == 3 and lib.calls.count("cuGraphAddKernelNode") > 5
+
+
 # ---- what is no graph ----
+
+
+@pytest.mark.parametrize("name", ["scanned", "gradient"])
+def test_a_loop_that_stacks_results_is_refused(name):
+    (loop,) = [x for x in LOOPS if x.name == name]
+    assert re.search("fxfunc.scan.*stacks results", replay.refusal(with_kernels(loop)[0]))
 
 
 def test_a_program_with_atens_calls_is_refused_with_the_call_and_its_line():

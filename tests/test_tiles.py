@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from kernel_cases import F32, Case, In, graph_of
 from task_cases import TASKS, draw, graph_and_inputs, races, random_tasks, tasks_of
 
 import fxfunc
@@ -237,3 +238,22 @@ def test_equal_maps_are_one_kernel():
 def test_random_programs_have_no_races():
     for seed in range(12):
         assert races(tiles.source(random_tasks(seed)[0], "ieee").text) == []
+
+
+def test_a_map_whose_kernel_has_more_shared_memory_than_the_target_is_batched_and_says_so(monkeypatch):
+    graph, _ = graph_and_inputs(next(c for c in TASKS if c.name == "attention"))
+    assert any(b.workspace is not None for b in offline.compile_graph(graph, "cuda:80")[1].values())
+    monkeypatch.setitem(offline.SHARED, 80, 1024)
+    monkeypatch.setattr(offline.products, "why_aten", lambda n, precision: "to see the map alone")
+    _, binaries, notes = offline.compile_graph(graph, "cuda:80")
+    assert all(b.workspace is None for b in binaries.values())
+    assert any(
+        "is batched: its kernel takes" in x and "KiB of shared memory, cuda:80 has 1" in x for x in notes
+    )
+
+
+def test_a_kernel_that_fits_no_device_is_an_error_with_a_way_out(monkeypatch):
+    monkeypatch.setitem(offline.SHARED, 80, 8)
+    graph = graph_of(Case("sum", lambda x: (x * 2).sum([1]), (In(F32, (64, 4096)),)))
+    with pytest.raises(BackendError, match=r"of shared memory, cuda:80 has.*eager"):
+        offline.compile_graph(graph, "cuda:80")

@@ -185,7 +185,7 @@ def test_equal_kernels_are_emitted_and_compiled_once():
         a = ((x + 1).sin() * 2).call(aten.mm.default, w)
         return ((a + 1).sin() * 2).call(aten.mm.default, w) + y
 
-    fused, binaries = offline.compile_graph(
+    fused, binaries, _ = offline.compile_graph(
         graph_of(Case("twice", f, (In(F64, (8, 8)), In(F64, (8, 8)), In(F64, (8, 8)))))
     )
     uses = [n.args[0] for n in fused.nodes if n.target is kernel]
@@ -231,5 +231,5 @@ def test_every_op_compiles_without_spills(cases, target):
 @TARGETS
 def test_every_pattern_compiles_without_spills(target):
     for case in PATTERNS + TOGETHER + [random_case(seed) for seed in range(30)]:
-        _, binaries = offline.compile_graph(graph_of(case), target)
+        _, binaries, _ = offline.compile_graph(graph_of(case), target)
         assert all(b.target == target and spilled(b) == 0 for b in binaries.values()), case.name
