@@ -171,13 +171,14 @@ def _row(backend: str, where: str = "") -> Backend:
 # ---- compiling ----
 
 
-def compile(graph: Graph, backend: str, target: str, precision: str | None = None) -> Program:
-    """Lower and compile a captured graph for what `choose` gave; `precision` of products of float32 in Triton's kernels."""
-    if precision is not None and backend != "triton":
-        raise errors.BackendError(
-            backend=backend, what="it has no precision to choose", instead="Leave it out."
-        )
-    options = {} if precision is None else {"precision": precision}
+def compile(
+    graph: Graph, backend: str, target: str, precision: str | None = None, tune: bool = False
+) -> Program:
+    """Lower and compile a captured graph for what `choose` gave; `precision` and `tune` are for Triton's kernels."""
+    options = {name: x for name, x in (("precision", precision), ("tune", tune or None)) if x is not None}
+    if options and backend != "triton":
+        what = f"it has no {' and no '.join(options)} to choose"
+        raise errors.BackendError(backend=backend, what=what, instead="Leave it out.")
     start = time.perf_counter()
     with hermetic():
         low = _TABLE[backend].lower(graph)
@@ -239,11 +240,15 @@ def _eager(low: Graph, graph: Graph, target: str) -> Program:
     return eager_program(for_aten(low), target)
 
 
-def _triton(low: Graph, graph: Graph, target: str, precision: str | None = None) -> Program:
+def _triton(
+    low: Graph, graph: Graph, target: str, precision: str | None = None, tune: bool = False
+) -> Program:
     """Maps are kernels, so it takes the graph before they are batched; what runs anywhere is made of the batched one."""
     from . import offline
+    from .tune import tuned
 
-    native, kernels, notes = offline.compile_graph(graph, target, precision)
+    build = tuned if tune else offline.compile
+    native, kernels, notes = offline.compile_graph(graph, target, precision, build)
     saw("fuse", native)
     for name, binary in kernels.items():
         saw_source(f"kernel-{name}", binary.source)

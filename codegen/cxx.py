@@ -48,13 +48,15 @@ _turns: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 os.register_at_fork(after_in_child=_turns.clear)
 
 
+def cache() -> Path:
+    """Where what was compiled or measured is kept."""
+    named = os.environ.get("FXFUNC_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxfunc")
+
+
 def folder() -> Path:
     """Where objects are kept."""
-    base = (
-        os.environ.get("FXFUNC_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxfunc"
-    )
-    return Path(base) / "cpp"
+    return cache() / "cpp"
 
 
 def compiler() -> str | None:

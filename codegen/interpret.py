@@ -17,8 +17,8 @@ from fxfunc.passes import errors
 from fxfunc.passes.dims import at
 
 from . import products
-from .loops import ELEMENTWISE, Kernel
-from .mapped import Tasks, Together
+from .loops import ELEMENTWISE
+from .mapped import AnyKernel
 from .triton import TEMPLATES, load
 from .written import write
 
@@ -31,7 +31,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 
 
 def interpret(
-    k: Kernel | Tasks | Together, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None
+    k: AnyKernel, inputs: Sequence[Tensor], sizes: dict[str, int] | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel, its Triton source interpreted. Memory that it should not read is full of NaN."""
     sizes = sizes or {}
@@ -49,7 +49,7 @@ def _spoiled(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _prepare(k: Kernel | Tasks | Together) -> tuple[Callable, tuple[int, ...], int | None]:
+def _prepare(k: AnyKernel) -> tuple[Callable, tuple[int, ...], int | None]:
     """The function, how much of the grid a program does, and bytes of scratch memory a program if it takes such."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise errors.BackendError(

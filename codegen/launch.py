@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import struct
 import threading
@@ -24,14 +25,17 @@ from torch import Tensor
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Size, at
 
+from .axes import is_product
 from .loops import Kernel, verify_sizes
-from .mapped import Tasks, Together
+from .mapped import AnyKernel, Tasks, Together
 from .products import programs
+from .triton import POINTERS
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED = 48 * 1024
 _ALIGNMENT = 16  # bytes; the kernels are compiled for pointers that are so aligned
 _SCALARS = {"i64": "q", "i32": "i4x", "fp32": "f4x", "fp64": "d"}
+_MOST_PROGRAMS = 2**31
 _PLANS = 256  # of sizes that are remembered
 _NOTHING = contextlib.nullcontext()
 
@@ -40,7 +44,7 @@ _NOTHING = contextlib.nullcontext()
 class Binary:
     """A kernel compiled for a target: code, source, and what a launch needs. `types` are those of the parameters in order."""
 
-    kernel: Kernel | Tasks | Together
+    kernel: AnyKernel
     name: str
     target: str
     cubin: bytes = dataclasses.field(repr=False)
@@ -95,15 +99,36 @@ _META = (
 )
 
 
-def read(kernel: Kernel | Tasks | Together, files: dict[str, bytes]) -> Binary:
-    """The binary of `kernel` from its files; `BackendError` if they are of another kernel."""
+def read(kernel: AnyKernel, files: dict[str, bytes]) -> Binary:
+    """The binary of `kernel` from its files; `BackendError` if they are of another kernel, or do not say how it is launched."""
     meta = json.loads(files["launch.json"])
     if meta.pop("kernel") != str(kernel):
         what = f"the files of {meta['name']} were compiled from another kernel"
         raise errors.BackendError(backend="triton", what=what, instead="Compile it again.")
     pairs = {name: tuple(meta.pop(name)) for name in ("types", "block", "scratch", "profile")}
+    if not _is_record(kernel, meta, **pairs):
+        what = f"the record of {kernel.name} is not one of how it is launched"
+        raise errors.BackendError(backend="triton", what=what, instead="Compile it again.")
     return Binary(kernel=kernel, cubin=files["kernel.cubin"], ptx=files["kernel.ptx"].decode(),
                   source=files["kernel.py"].decode(), **meta, **pairs)  # fmt: skip
+
+
+def parameter_types(kernel: AnyKernel) -> tuple[str, ...]:
+    """The types of the parameters of a kernel: its arguments, the memory of a map, and its sizes."""
+    pointers = tuple(POINTERS[a.dtype] for a in kernel.args) + ("*u8",) * isinstance(kernel, Tasks)
+    return pointers + ("i64",) * len(kernel.sizes)
+
+
+def _is_record(
+    kernel: AnyKernel, meta: dict, types: tuple, block: tuple, scratch: tuple, profile: tuple
+) -> bool:
+    """True for a record that can be one of this kernel."""
+    parts = len(kernel.parts) if isinstance(kernel, Together) else 2 if is_product(kernel) else 1
+    numbers = [meta[name] for name in ("warps", "shared", "regs", "spills")] + [*block, *scratch, *profile]
+    numbers += [meta["workspace"]] if isinstance(kernel, Tasks) else []
+    return (types == parameter_types(kernel) and len(block) == parts and len(scratch) == len(profile) == 2
+            and all(type(n) is int and n >= 0 for n in numbers) and min(block) > 0 and 0 < meta["warps"] <= 32
+            and isinstance(kernel, Tasks) == (meta["workspace"] is not None))  # fmt: skip
 
 
 class Driver:
@@ -168,6 +193,9 @@ class Launcher:
 
     def __call__(self, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
         device = operands[0].device
+        if device.type != "cuda":
+            what = f"{self.binary.name} runs on a GPU, its operands are on {device}"
+            raise errors.BackendError(backend="triton", what=what, instead="Move them to the GPU.")
         with torch.cuda.device(device) if torch.cuda.current_device() != device.index else _NOTHING:
             stream = torch.cuda.current_stream(device).cuda_stream
             return self.start(operands, sizes, device.index, stream)
@@ -177,6 +205,9 @@ class Launcher:
     ) -> tuple[Tensor, ...]:
         """Allocate the outputs and launch on a stream of the current device."""
         values, plan = self.plan(sizes)
+        if len({x.get_device() for x in operands}) > 1:
+            devices = ", ".join(sorted({str(x.device) for x in operands}))
+            raise errors.MixedDevices(op=self.binary.name, devices=devices)
         inputs = [x if is_dense(x) else _dense(x) for x in operands]
         outputs, memory = plan.allocate(inputs[0])
         if plan.count:
@@ -228,6 +259,9 @@ class Launcher:
             if isinstance(k, Kernel):
                 verify_sizes(k, sizes)
         count = at(b.programs, sizes)
+        if count >= _MOST_PROGRAMS:
+            what = f"{b.name} would take {count} programs, a device runs {_MOST_PROGRAMS - 1}"
+            raise errors.BackendError(backend="triton", what=what, instead="Call it on parts.")
         needs = [*([] if b.workspace is None else [b.workspace]), b.scratch[0], b.profile[0]]
         outputs = [([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.outputs]
         if len(self._plans) >= _PLANS:
@@ -245,8 +279,14 @@ class Plan(NamedTuple):
 
     def allocate(self, like: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
         """The outputs, and scratch memory: that of tasks if it is a map, then global and profile scratch."""
-        outputs = tuple([like.new_empty(shape, dtype=dtype) for shape, dtype in self.outputs])
-        return outputs, [like.new_empty(n, dtype=torch.uint8) if n else None for n in self.memory]
+        try:
+            outputs = tuple([like.new_empty(shape, dtype=dtype) for shape, dtype in self.outputs])
+            return outputs, [like.new_empty(n, dtype=torch.uint8) if n else None for n in self.memory]
+        except torch.OutOfMemoryError as e:
+            results = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.outputs)
+            e.add_note(f"fxfunc: a kernel takes {results} bytes for results and {sum(self.memory)} for scratch memory; "
+                       "call the function on parts of its inputs (chunk_size of vmap)")  # fmt: skip
+            raise
 
 
 class Cells:

@@ -81,3 +81,6 @@ class Together:
 
     def __repr__(self) -> str:
         return self.name
+
+
+AnyKernel = Kernel | Tasks | Together

@@ -22,12 +22,11 @@ from . import products, tiles
 from .cubin import resources
 from .fuse import fuse, kernel_nodes, kernels_of
 from .grid import with_tasks
-from .launch import Binary
-from .loops import Kernel
-from .mapped import Tasks, Together
+from .launch import Binary, parameter_types
+from .mapped import AnyKernel, Tasks
 from .together import together
-from .triton import POINTERS, load
-from .written import write
+from .triton import load
+from .written import Way, write
 
 # Bytes of shared memory that a program can have, by compute capability.
 SHARED = {
@@ -62,8 +61,13 @@ def precision_for(target: str, precision: str | None = None) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def compile(k: Kernel | Tasks | Together, target: str = "cuda:90", precision: str | None = None) -> Binary:
-    """The kernel for a target, compiled without a device."""
+def compile(
+    k: AnyKernel,
+    target: str = "cuda:90",
+    precision: str | None = None,
+    way: Way | None = None,
+) -> Binary:
+    """The kernel for a target, compiled without a device, done as the model has it or in this way."""
     capability = capability_of(target)
     try:
         from triton.backends.compiler import GPUTarget
@@ -73,9 +77,8 @@ def compile(k: Kernel | Tasks | Together, target: str = "cuda:90", precision: st
         raise errors.BackendError(
             backend="triton", what="triton is not installed", instead="pip install triton."
         ) from e
-    w = write(k, capability, precision_for(target, precision))
-    types = [POINTERS[a.dtype] for a in k.args]
-    types += ["*u8"] * (w.workspace is not None) + ["i64"] * len(k.sizes)
+    w = write(k, capability, precision_for(target, precision), way)
+    types = parameter_types(k)
     fn = load(k.name, w.text)
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
     ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
@@ -86,7 +89,7 @@ def compile(k: Kernel | Tasks | Together, target: str = "cuda:90", precision: st
     done = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
     m, cubin = done.metadata, done.asm["cubin"]
     used = resources(cubin, m.name)
-    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=w.text, types=tuple(types),
+    return Binary(kernel=k, name=m.name, target=target, cubin=cubin, ptx=done.asm["ptx"], source=w.text, types=types,
                   block=w.block, warps=w.warps, shared=m.shared, regs=used.regs, spills=used.stack, workspace=w.workspace,
                   scratch=(m.global_scratch_size, m.global_scratch_align),
                   profile=(m.profile_scratch_size, m.profile_scratch_align))  # fmt: skip
@@ -98,16 +101,19 @@ def maxnreg(warps: int) -> int:
 
 
 def compile_graph(
-    graph: Graph, target: str = "cuda:90", precision: str | None = None
+    graph: Graph,
+    target: str = "cuda:90",
+    precision: str | None = None,
+    build: Callable[..., Binary] = compile,
 ) -> tuple[Graph, dict[str, Binary], list[str]]:
-    """The graph with its maps and groups as `kernel` nodes, each distinct kernel compiled, by name, and why maps are none."""
+    """The graph with its maps and groups as `kernel` nodes, each distinct kernel by name, built, and why maps are none."""
     precision = precision_for(target, precision)
     refused: dict[str, str] = {}
     while True:
         notes: list[str] = []
         done = fused(graph, precision, refused, notes)
         binaries = {
-            k.name: dataclasses.replace(compile(k, target, precision), kernel=k) for k in kernels_of(done)
+            k.name: dataclasses.replace(build(k, target, precision), kernel=k) for k in kernels_of(done)
         }
         large = [b for b in binaries.values() if b.shared > SHARED[capability_of(target)]]
         if not large:

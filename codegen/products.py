@@ -16,7 +16,7 @@ from fxfunc.passes.dims import Dim, Size, estimate, numel
 
 from .axes import axes, is_product, terms_of
 from .loops import Dot, Kernel
-from .mapped import Tasks, Together
+from .mapped import AnyKernel, Together
 from .triton import power
 
 PROCESSORS = 128  # about as many as a large device has
@@ -60,7 +60,7 @@ def is_wide(k: Kernel) -> bool:
     return any(isinstance(n, Dim) or n >= 2**31 for n in (numel(a.shape) for a in k.args))
 
 
-def programs(k: Kernel | Tasks | Together, block: tuple[int, ...]) -> Size:
+def programs(k: AnyKernel, block: tuple[int, ...]) -> Size:
     """How many programs cover a kernel in blocks: of its grid; of a product, of rows and columns; of several, of each."""
     if isinstance(k, Together):
         return sum((programs(p, (n,)) for p, n in zip(k.parts, block, strict=True)), 0)

@@ -92,7 +92,7 @@ class Replay:
 
     def start(self, tensors: list[Tensor], device: int, stream: int) -> list[Tensor | None]:
         """Replay on a stream of the current device."""
-        if not all(map(is_dense, tensors)):
+        if not all(map(is_dense, tensors)) or len({x.get_device() for x in tensors}) > 1:
             return self._plain(tensors)
         key = (device, stream, *[x.shape for x in tensors])
         with self._lock:

@@ -161,14 +161,14 @@ def power(n: int) -> int:
 # ---- source ----
 
 
-def source(k: Kernel) -> str:
-    """The kernel as a module of Triton source."""
-    return module("\n".join(["@triton.jit", *_Emitter(k).lines()]))
+def source(k: Kernel, s: Schedule | None = None) -> str:
+    """The kernel as a module of Triton source, in its blocks or these."""
+    return module("\n".join(["@triton.jit", *_Emitter(k, s or schedule(k)).lines()]))
 
 
 def part_lines(k: Kernel, name: str) -> list[str]:
     """The kernel as a function of its name that takes the number of a program as its first argument."""
-    return _Emitter(dataclasses.replace(k, name=name), "pid").lines()
+    return _Emitter(dataclasses.replace(k, name=name), schedule(k), "pid").lines()
 
 
 def module(function: str) -> str:
@@ -259,10 +259,10 @@ class Instructions:
 class _Emitter(Instructions):
     """Emits one kernel. In a looped kernel, `depth` counts the reductions before a value: one loop over the tile a depth."""
 
-    def __init__(self, k: Kernel, pid: str = ""):
+    def __init__(self, k: Kernel, s: Schedule, pid: str = ""):
         super().__init__(k)
         self.pid = pid  # the argument that is the number of the program, "" if it is the launch's
-        self.schedule, self.tile = schedule(k), tile_of(k)
+        self.schedule, self.tile = s, tile_of(k)
         self.unit = [1, 1] if self.tile else [1]
         names = value_names(k, ("tl", "triton", "libdevice", "pid", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
                                 *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip

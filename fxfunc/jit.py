@@ -376,18 +376,23 @@ class Lowered:
 
     @no_collection()
     def compile(
-        self, backend: str | None = None, target: str | None = None, *, precision: str | None = None
+        self,
+        backend: str | None = None,
+        target: str | None = None,
+        *,
+        precision: str | None = None,
+        tune: bool = False,
     ) -> Compiled:
         """Compile for a backend ("eager", "cpp", "triton") and target ("cpu", "cpu:x86-64-v3", "cuda:90").
 
         backend None: that of the function, else triton for a GPU, and for a CPU what FXFUNC_BACKEND names, else cpp if there is a
         compiler, else eager. Target None: this machine's. C++ for "cpu" uses all that this CPU has, "cpu:x86-64-v3" what each CPU
         of that level has. `precision`: of products of float32 in Triton's kernels, "ieee", "bf16x6", "tf32x3" or "tf32"; None: as
-        accurate as float32, unless torch.set_float32_matmul_precision allows less. Raises BackendError naming what the backend
-        cannot take.
+        accurate as float32, unless torch.set_float32_matmul_precision allows less. `tune`: measure on this machine's GPU how each
+        of Triton's kernels is done best; the choice stays in the cache. Raises BackendError naming what the backend cannot take.
         """
         graph, backend, target = backends.choose(self.graph, backend or self._backend, target)
-        program = backends.compile(graph, backend, target, precision)
+        program = backends.compile(graph, backend, target, precision, tune)
         vals = tuple(graph.in_vals)
         signature = dataclasses.replace(self.signature, in_vals=vals[: len(self.signature.in_vals)])
         return Compiled(program, signature, self.captures, graph, self.timings | program.timings)

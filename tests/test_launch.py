@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -269,6 +270,53 @@ def test_files_of_another_kernel_are_refused():
     other = Kernel((T,), (Arg((T, 5), F32), Arg((4,), F16), Arg((T,), F32, True)), (), "k")
     with pytest.raises(BackendError, match="another kernel"):
         launch.read(other, binary().files())
+
+
+@pytest.mark.parametrize("change", [
+    {"types": ["*fp32", "*fp16", "*fp32"]}, {"types": ["*fp32", "*fp32", "*fp32", "i64"]}, {"block": [4, 4]}, {"block": [0]},
+    {"block": [-4]}, {"warps": 0}, {"warps": 64}, {"shared": -1}, {"shared": "1"}, {"workspace": 128}, {"scratch": [1]},
+    {"profile": [1.5, 1]},
+], ids=str)  # fmt: skip
+def test_a_record_that_is_not_of_its_kernel_is_refused(change):
+    files = binary().files()
+    files["launch.json"] = json.dumps(json.loads(files["launch.json"]) | change).encode()
+    with pytest.raises(BackendError, match="the record of k is not one of how it is launched"):
+        launch.read(binary().kernel, files)
+
+
+# ---- bad input ----
+
+
+def test_operands_on_a_cpu_are_refused_by_name():
+    with pytest.raises(BackendError, match="k runs on a GPU, its operands are on cpu"):
+        launch.Launcher(binary(), launch.Driver(RecordingDriver()))(operands(), {"T": 10})
+
+
+def test_operands_on_several_devices_are_refused_before_anything_is_launched():
+    lib = RecordingDriver()
+    with pytest.raises(errors.MixedDevices, match="k got tensors on different devices: cpu, meta"):
+        launch.Launcher(binary(), launch.Driver(lib)).start(
+            [operands()[0], operands()[1].to("meta")], {"T": 10}, 0, 0
+        )
+    assert not lib.launches
+
+
+def test_more_programs_than_a_device_runs_are_refused():
+    launcher = launch.Launcher(binary(), launch.Driver(RecordingDriver()))
+    launcher.plan({"T": 4 * (2**31 - 1)})
+    with pytest.raises(BackendError, match="k would take 2147483648 programs.*Call it on parts"):
+        launcher.plan({"T": 4 * 2**31})
+
+
+def test_out_of_memory_says_for_what():
+    class Full:
+        def new_empty(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, plan = launch.Launcher(binary(), launch.Driver(RecordingDriver())).plan({"T": 1000})
+    with pytest.raises(torch.OutOfMemoryError) as e:
+        plan.allocate(Full())
+    assert "a kernel takes 4000 bytes for results and 0 for scratch memory" in e.value.__notes__[0]
 
 
 def test_a_binary_says_what_the_kernel_table_shows():
