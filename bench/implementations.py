@@ -63,6 +63,18 @@ def torch_compile(function: Call, inputs: tuple) -> Built:
     return torch.compile(function), {}
 
 
+def torch_compile_with_graphs(function: Call, inputs: tuple) -> Built:
+    """torch.compile that replays CUDA graphs where it can."""
+    import torch
+
+    return torch.compile(function, mode="reduce-overhead"), {}
+
+
+def no_cuda(device: str) -> str | None:
+    """CUDA graphs are for CUDA devices."""
+    return "CUDA graphs need a CUDA device" if device == "cpu" else None
+
+
 def inductor(function: Call, inputs: tuple) -> Built:
     """Inductor on the make_fx graph of the function, with no pass of ours."""
     import torch
@@ -123,6 +135,14 @@ def fxfunc_backend(backend: str) -> Callable[[Call, tuple], Built]:
     return build
 
 
+def triton_with_graph(function: Call, inputs: tuple) -> Built:
+    """The triton backend, all kernels of a call launched at once."""
+    import fxfunc
+
+    compiled = fxfunc.jit(function).lower(*inputs).compile(backend="triton")
+    return compiled.with_cuda_graph(), dict(compiled.timings)
+
+
 def inductor_on_ours(function: Call, inputs: tuple) -> Built:
     """Inductor on the graph that fxfunc's eager backend runs."""
     import torch
@@ -166,9 +186,14 @@ def ours(backend: str, cache: str | None) -> Implementation:
     )
 
 
-OF_TORCH_FUNC = ("make_fx", "torch.compile", "inductor")  # programs made of torch.func's
-PEERS = ("torch.func", "make_fx", "torch.compile", "inductor", "jax")
-OURS = ("eager", "cpp", "triton")
+OF_TORCH_FUNC = (
+    "make_fx",
+    "torch.compile",
+    "torch.compile-graphs",
+    "inductor",
+)  # programs made of torch.func's
+PEERS = ("torch.func", "make_fx", "torch.compile", "torch.compile-graphs", "inductor", "jax")
+OURS = ("eager", "cpp", "triton", "triton-graph")
 WITH_FXFUNC = ("uncompiled", "inductor-fxfunc", *OURS)
 _NO_CACHE = "it keeps no cache on disk"
 
@@ -180,6 +205,13 @@ IMPLEMENTATIONS = {
         Implementation(
             "torch.compile", torch_compile, no_compiler, least_imports=TORCH[:2], slow_to_compile=True
         ),
+        Implementation(
+            "torch.compile-graphs",
+            torch_compile_with_graphs,
+            no_cuda,
+            least_imports=TORCH[:2],
+            slow_to_compile=True,
+        ),
         Implementation("inductor", inductor, no_compiler, least_imports=TORCH[:2], slow_to_compile=True),
         Implementation(
             "inductor-fxfunc", inductor_on_ours, no_compiler, least_imports=TORCH, slow_to_compile=True
@@ -189,6 +221,13 @@ IMPLEMENTATIONS = {
         ours("eager", _NO_CACHE),
         ours("cpp", None),
         ours("triton", None),
+        Implementation(
+            "triton-graph",
+            triton_with_graph,
+            no_cuda,
+            least_imports=("torch", "fxfunc"),
+            artifact="as triton",
+        ),
     )
 }
 

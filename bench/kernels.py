@@ -38,6 +38,7 @@ HEADERS = (
     "warps",
 )
 TASKS = (25, 1000, 10000)
+GOALS = {25: 0.06, 1000: 0.25, 10000: 2.5}  # ms on an H200, by tasks
 GUESSED = ("workload", "kernel", "instructions", "barriers", *(f"{n} tasks, ms" for n in TASKS))
 GUESSES = (
     "Guesses for an H200, from instructions counted in the code for cuda:90 (`bench/cycles.py` has the assumptions), of a kernel "
@@ -79,6 +80,21 @@ def _guess(name: str, b: launch.Binary) -> tuple:
     return (name, b.kernel.name, found[0].instructions, found[0].barriers, *times)
 
 
+def _goals(rows: list[tuple], guesses: list[tuple]) -> list[tuple]:
+    """GOALS for an H200: each beside what can be said without one."""
+    guess = next((dict(zip(GUESSED, g, strict=False)) for g in guesses if g[0] == "maml25"), {})
+    found = [
+        (f"maml25 with {n} tasks, ms", goal, guess.get(f"{n} tasks, ms", ""), "not measured")
+        for n, goal in GOALS.items()
+    ]
+    compiled = next((r[2] for r in rows if r[:2] == ("maml25", TARGETS[-1])), "")
+    return [
+        *found,
+        ("layer norm, gelu, residual and softmax, share of copy bandwidth", 0.9, "", "not measured"),
+        ("maml25 compiled for cuda:90 on this CPU, s", 10, "", compiled),
+    ]
+
+
 def _without_folders(text: str) -> str:
     """Lines are named by their file alone: a table is of no machine."""
     return re.sub(r" at \S*/(\S+:\d+)", r" at \1", text)
@@ -111,6 +127,8 @@ def main() -> int:
             table,
             GUESSES,
             guess,
+            "Goals for an H200:",
+            tabulate(_goals(rows, guesses), ("what", "goal", "guess", "measured"), tablefmt="github"),
             "Batched maps:",
             "\n".join(notes),
         ]

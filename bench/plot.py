@@ -39,6 +39,8 @@ COLOURS = {
     "eager": "#56B4E9",
     "cpp": "#0072B2",
     "triton": "#000000",
+    "torch.compile-graphs": "#A65628",
+    "triton-graph": "#444444",
 }
 MARKERS = "osD^vP*Xh"
 STYLE: Any = {"svg.hashsalt": "fxfunc", "svg.fonttype": "none", "font.size": 9, "axes.axisbelow": True}

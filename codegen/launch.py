@@ -1,4 +1,4 @@
-"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `launch`, `Launcher`.
+"""Running compiled kernels through libcuda alone. Entry points: `Binary` (a compiled kernel), `Launcher`.
 
 Needs neither Triton nor a C compiler. The parameters of a Triton kernel are its runtime arguments in order, then two
 pointers: global scratch and profile scratch, null where the kernel uses none. Kernels run on torch's current stream.
@@ -38,6 +38,8 @@ _SCALARS = {"i64": "q", "i32": "i4x", "fp32": "f4x", "fp64": "d"}
 _MOST_PROGRAMS = 2**31
 _PLANS = 256  # of sizes that are remembered
 _NOTHING = contextlib.nullcontext()
+# On the current device, past the dispatcher and all modes.
+_new_cpu, _new_cuda = torch._C._dynamo.guards._empty_strided_cpu, torch._C._dynamo.guards._empty_strided_cuda
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +187,7 @@ class Launcher:
     """
 
     def __init__(self, binary: Binary, cuda: Driver | None = None):
-        self.binary, self.cuda = binary, cuda
+        self.binary, self.cuda, self._sizes = binary, cuda, binary.kernel.sizes
         self._functions: dict[int, ctypes.c_void_p] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._free: list[Cells] = []
@@ -205,15 +207,23 @@ class Launcher:
     ) -> tuple[Tensor, ...]:
         """Allocate the outputs and launch on a stream of the current device."""
         values, plan = self.plan(sizes)
-        if len({x.get_device() for x in operands}) > 1:
-            devices = ", ".join(sorted({str(x.device) for x in operands}))
-            raise errors.MixedDevices(op=self.binary.name, devices=devices)
-        inputs = [x if is_dense(x) else _dense(x) for x in operands]
-        outputs, memory = plan.allocate(inputs[0])
+        first, addresses, copies = operands[0], [], []
+        where = first.get_device()
+        for x in operands:
+            if x.get_device() != where:
+                devices = ", ".join(sorted({str(y.device) for y in operands}))
+                raise errors.MixedDevices(op=self.binary.name, devices=devices)
+            address = x.data_ptr()
+            if address % _ALIGNMENT or not x.is_contiguous() or x.is_neg():
+                copies.append(_dense(x))
+                address = copies[-1].data_ptr()
+            addresses.append(address)
+        outputs, memory = plan.allocate(first)
         if plan.count:
-            function = self.function(device, operands[0].device)
+            function = self.function(device, first)
+            addresses += [y.data_ptr() for y in outputs]
             cells = self._cells()
-            cells.pack(parameters(inputs, outputs, memory, values))
+            cells.pack(parameters(addresses, memory, values))
             self.driver().call("cuLaunchKernel", function, plan.count, 1, 1, 32 * self.binary.warps, 1, 1, self.binary.shared,
                                ctypes.c_void_p(stream), cells.params, None)  # fmt: skip
             self._free.append(cells)
@@ -221,15 +231,15 @@ class Launcher:
 
     def plan(self, sizes: dict[str, int]) -> tuple[tuple[int, ...], Plan]:
         """The values of its symbolic sizes, and what follows from them."""
-        values = tuple(sizes[name] for name in self.binary.kernel.sizes)
+        values = tuple([sizes[name] for name in self._sizes]) if self._sizes else ()
         return values, self._plans.get(values) or self._planned(values, sizes)
 
-    def function(self, device: int, where: torch.device) -> ctypes.c_void_p:
-        """The function on a device, whose context is current in this thread then."""
+    def function(self, device: int, on: Tensor) -> ctypes.c_void_p:
+        """The function on the device of a tensor, whose context is current in this thread then."""
         if not getattr(self._threads, "ready", False):
             self.driver().ensure_context(device)
             self._threads.ready = True
-        return self._functions.get(device) or self._load(device, where)
+        return self._functions.get(device) or self._load(device, on.device)
 
     def _cells(self) -> Cells:
         """Memory for the parameters that no other thread has."""
@@ -263,30 +273,40 @@ class Launcher:
             what = f"{b.name} would take {count} programs, a device runs {_MOST_PROGRAMS - 1}"
             raise errors.BackendError(backend="triton", what=what, instead="Call it on parts.")
         needs = [*([] if b.workspace is None else [b.workspace]), b.scratch[0], b.profile[0]]
-        outputs = [([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.outputs]
+        shapes = [(tuple(at(s, sizes) for s in a.shape), a.dtype) for a in b.kernel.outputs]
+        outputs = [(shape, torch.empty(shape, device="meta").stride(), dtype) for shape, dtype in shapes]
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        plan = self._plans[values] = Plan(count, outputs, [n * count for n in needs])
+        plan = self._plans[values] = Plan(count, outputs, [n * count for n in needs], any(needs))
         return plan
 
 
 class Plan(NamedTuple):
-    """Of given sizes: programs, shapes and dtypes of outputs, and bytes of scratch memory of each kind."""
+    """Of given sizes: programs, shapes, strides and dtypes of outputs, and bytes of scratch memory of each kind."""
 
     count: int
-    outputs: list[tuple[list[int], torch.dtype]]
+    outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
     memory: list[int]
+    takes_memory: bool
 
     def allocate(self, like: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-        """The outputs, and scratch memory: that of tasks if it is a map, then global and profile scratch."""
+        """On the current device, as `like`: the outputs, and memory of a map, global and profile scratch, or [] if none."""
         try:
-            outputs = tuple([like.new_empty(shape, dtype=dtype) for shape, dtype in self.outputs])
+            outputs = tuple(allocated(self.outputs, like))
+            if not self.takes_memory:
+                return outputs, []
             return outputs, [like.new_empty(n, dtype=torch.uint8) if n else None for n in self.memory]
         except torch.OutOfMemoryError as e:
-            results = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.outputs)
+            results = sum(math.prod(shape) * dtype.itemsize for shape, _, dtype in self.outputs)
             e.add_note(f"fxfunc: a kernel takes {results} bytes for results and {sum(self.memory)} for scratch memory; "
                        "call the function on parts of its inputs (chunk_size of vmap)")  # fmt: skip
             raise
+
+
+def allocated(layouts: Sequence[tuple], like: Tensor) -> list[Tensor]:
+    """Tensors of these shapes, strides and dtypes on the current device, which is that of `like`."""
+    new = _new_cuda if like.is_cuda else _new_cpu
+    return [new(*layout) for layout in layouts]
 
 
 class Cells:
@@ -305,26 +325,17 @@ class Cells:
         self._pack(self.memory, 0, *values)
 
 
-def parameters(operands: Sequence[Tensor], outputs: Sequence[Tensor], memory: Sequence[Tensor | None], values: Sequence[int]
-               ) -> list[int]:  # fmt: skip
-    """Those of a launch in order: pointers, values of sizes, and global and profile scratch."""
-    pointers = [0 if x is None else x.data_ptr() for x in (*operands, *outputs, *memory)]
-    return [*pointers[:-2], *values, *pointers[-2:]]
+def parameters(addresses: Sequence[int], memory: Sequence[Tensor | None], values: Sequence[int]) -> list[int]:
+    """Those of a launch in order: addresses, memory of a map, values of sizes, and global and profile scratch."""
+    if not memory:
+        return [*addresses, *values, 0, 0]
+    pointers = [0 if x is None else x.data_ptr() for x in memory]
+    return [*addresses, *pointers[:-2], *values, *pointers[-2:]]
 
 
 def _format(kind: str) -> str:
     """How a value of a recorded type is packed; a pointer is a u64. Each takes eight bytes, so that all are aligned."""
     return "Q" if kind.startswith("*") else _SCALARS[kind]
-
-
-def launch(binary: Binary, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """The outputs of a kernel on CUDA tensors, in order of its output arguments."""
-    return _launcher(binary)(operands, sizes)
-
-
-@functools.lru_cache(maxsize=4096)
-def _launcher(binary: Binary) -> Launcher:
-    return Launcher(binary)
 
 
 def code_for(binary: Binary, capability: tuple[int, int]) -> bytes:

@@ -51,7 +51,8 @@ def blocks(k: Kernel, capability: int, precision: str) -> Blocks:
     deep = 64 if half else 32 if precision != "ieee" else 16
     step = min(deep, max(16, power(terms)))
     warps = 8 if block[0] * block[1] >= 128 * 128 else 4
-    described = capability >= 90 and half and min(block) >= 64 and terms >= 4 * step and not is_wide(k)
+    gains = min(block) >= 64 if half else precision != "ieee"  # in instructions: bench/results/factors.md
+    described = capability >= 90 and gains and terms >= 4 * step and not is_wide(k)
     return Blocks(*block, step, warps, 3 if terms > step else 1, described)
 
 

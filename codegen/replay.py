@@ -23,7 +23,7 @@ from . import eager
 from .cost import named
 from .fuse import kernel_nodes
 from .index import VIEWS
-from .launch import Cells, Driver, Launcher, is_dense, parameters
+from .launch import Cells, Driver, Launcher, allocated, is_dense, parameters
 from .loops import Kernel, kernel
 from .lower import is_constant
 from .promises import promises
@@ -171,9 +171,9 @@ class _Node:
     def __init__(self, driver: Driver, graph: ctypes.c_void_p, step: _Launch, moved: _Moved, waits: list[ctypes.c_void_p],
                  function: ctypes.c_void_p):  # fmt: skip
         binary = step.launcher.binary
-        self.values = parameters(step.operands, step.outputs, step.memory, step.values)
-        self.moving = [_Moving(i, *found) for i, p in enumerate(self.values[: len(step.operands) + len(step.outputs)])
-                       if (found := moved.find(p))]  # fmt: skip
+        addresses = [x.data_ptr() for x in (*step.operands, *step.outputs)]
+        self.values = parameters(addresses, step.memory, step.values)
+        self.moving = [_Moving(i, *found) for i, a in enumerate(addresses) if (found := moved.find(a))]
         self.cells = Cells(binary.types)
         self.cells.pack(self.values)
         one = ctypes.c_uint * 3
@@ -223,7 +223,7 @@ class _Plan:
         self.driver = driver
         fresh: list[Tensor] = []
         self.results = [None if r is None else _result(r, log, fresh) for r in results]
-        self.new = [(tuple(x.shape), x.dtype) for x in fresh]
+        self.new = [(tuple(x.shape), x.stride(), x.dtype) for x in fresh]
         self.addresses = [x.data_ptr() for x in (*tensors, *fresh)]
         moved = _Moved([*tensors, *fresh])
         self.kept = [x for step in log for x in (*step.operands, *step.outputs, *step.memory)
@@ -231,7 +231,7 @@ class _Plan:
         self.nodes: list[_Node] = []
         writers: dict[int, ctypes.c_void_p] = {}
         graph, self.exec = ctypes.c_void_p(), ctypes.c_void_p()
-        functions = [step.launcher.function(device, tensors[0].device) for step in log]
+        functions = [step.launcher.function(device, tensors[0]) for step in log]
         driver.call("cuGraphCreate", ctypes.byref(graph), 0)
         try:
             for step, function in zip(log, functions, strict=True):
@@ -245,7 +245,7 @@ class _Plan:
 
     def run(self, tensors: list[Tensor], stream: int) -> list[Tensor | None]:
         """New results, computed on a stream."""
-        fresh = [tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in self.new]
+        fresh = allocated(self.new, tensors[0])
         addresses = [x.data_ptr() for x in (*tensors, *fresh)]
         if addresses != self.addresses:
             self._move(addresses)

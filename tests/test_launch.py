@@ -218,7 +218,7 @@ def on_gpu(k, operands, sizes):
 
     major, minor = torch.cuda.get_device_capability()
     b = offline.compile(k, f"cuda:{major}{minor}")
-    return tuple(x.cpu() for x in launch.launch(b, [x.cuda() for x in operands], sizes))
+    return tuple(x.cpu() for x in launch.Launcher(b)([x.cuda() for x in operands], sizes))
 
 
 @pytest.mark.gpu
@@ -293,11 +293,13 @@ def test_operands_on_a_cpu_are_refused_by_name():
 
 
 def test_operands_on_several_devices_are_refused_before_anything_is_launched():
-    lib = RecordingDriver()
-    with pytest.raises(errors.MixedDevices, match="k got tensors on different devices: cpu, meta"):
-        launch.Launcher(binary(), launch.Driver(lib)).start(
-            [operands()[0], operands()[1].to("meta")], {"T": 10}, 0, 0
-        )
+    class Elsewhere(torch.Tensor):
+        def get_device(self) -> int:
+            return 1
+
+    lib, (x, y) = RecordingDriver(), operands()
+    with pytest.raises(errors.MixedDevices, match="k got tensors on different devices"):
+        launch.Launcher(binary(), launch.Driver(lib)).start([x, y.as_subclass(Elsewhere)], {"T": 10}, 0, 0)
     assert not lib.launches
 
 
@@ -308,14 +310,14 @@ def test_more_programs_than_a_device_runs_are_refused():
         launcher.plan({"T": 4 * 2**31})
 
 
-def test_out_of_memory_says_for_what():
-    class Full:
-        def new_empty(self, *args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+def test_out_of_memory_says_for_what(monkeypatch):
+    def full(*layout):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(launch, "_new_cpu", full)
     _, plan = launch.Launcher(binary(), launch.Driver(RecordingDriver())).plan({"T": 1000})
     with pytest.raises(torch.OutOfMemoryError) as e:
-        plan.allocate(Full())
+        plan.allocate(torch.ones(1))
     assert "a kernel takes 4000 bytes for results and 0 for scratch memory" in e.value.__notes__[0]
 
 
