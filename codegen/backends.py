@@ -51,7 +51,9 @@ class Program:
         lines = [f"backend {self.backend}", *self.notes]
         for p in self.programs:
             lines += [p.describe(), *table(p.rows)]
-        rows = self.outside if self.programs or self.outside else rows_of(self.native or self.graph)
+        rows = self.outside
+        if not (self.programs or rows):
+            rows = rows_of(self.native or self.graph, with_kernels=self.native is not None)
         return "\n".join(
             [*lines, *([f"outside: {len(rows)} calls"] if self.programs and rows else []), *table(rows)]
         )

@@ -13,7 +13,7 @@ from fxfunc.passes.graph import Graph, getitem, map_, scan
 from fxfunc.passes.printer import op_name
 
 from .loops import kernel
-from .lower import is_free
+from .lower import is_free, is_fusable
 from .rows import PRODUCTS
 
 
@@ -45,17 +45,24 @@ def kind(n: Node) -> str:
     return "a loop" if n.target in (getitem, map_, scan) else f"{op_name(n.target)} is no kernel"
 
 
-def rows_of(graph: Graph) -> list[Row]:
-    """Those of a graph of ATen calls, and of kernels if a backend made some."""
+def rows_of(graph: Graph, with_kernels: bool = False) -> list[Row]:
+    """Those of a graph of ATen calls; if there are kernels in it, with why the others are none."""
     rows: list[Row] = []
     for n in graph.nodes:
         if n.target is kernel:
             rows += placed(n, f"kernel {n.args[0].name}")
         elif n.target is scan:
-            rows += [row(n, "a loop in Python"), *rows_of(n.args[0])]
+            rows += [row(n, "a loop in Python"), *rows_of(n.args[0], with_kernels)]
         elif n.target is not getitem and not is_free(n):
-            rows.append(row(n, "ATen"))
+            rows.append(row(n, "ATen", _why_aten(n) if with_kernels else ""))
     return rows
+
+
+def _why_aten(n: Node) -> str:
+    """Why a call is in no kernel."""
+    if said := n.meta.get("why"):
+        return said
+    return "alone" if is_fusable(n) or n.target in PRODUCTS else kind(n)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.fx import Node
 
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw
@@ -140,7 +141,11 @@ def _refusable(b: Binary, target: str) -> str:
 def fused(graph: Graph, precision: str, refused: Mapping[str, str], notes: list[str]) -> Graph:
     """The graph with all its kernels, each with the calls that it is made of."""
     maps = _each(lambda g: with_tasks(g, precision, refused, notes), graph, skip=(map_,))
-    takes = lambda n: products.why_aten(n, precision) is None  # noqa: E731
+
+    def takes(n: Node) -> bool:
+        n.meta["why"] = products.why_aten(n, precision)
+        return n.meta["why"] is None
+
     out = _named(_each(lambda g: together(fuse(g, takes=takes)), lowered(saw("tasks", maps))))
     for n in kernel_nodes(out):
         if isinstance(n.args[0], Tasks):

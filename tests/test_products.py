@@ -11,6 +11,7 @@ from product_cases import PRODUCTS, graphs, mm, product_inputs, random_product, 
 
 from fxfunc.codegen import dots, offline, products
 from fxfunc.codegen.axes import Axes, axes
+from fxfunc.codegen.backends import Program
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import evaluate, kernel
 
@@ -138,6 +139,18 @@ def test_a_product_that_aten_does_better_says_why(why, x, w):
     (product,) = [n for n in rest if n.target is aten.mm.default]
     assert len(kernels) == 1
     assert products.why_aten(product, "bf16x6").startswith(why)
+
+
+def test_explain_says_why_a_call_is_in_no_kernel():
+    def f(x, w, v):
+        return relu(mm(x, w)) * 2, mm(x, v), x.call(aten.sort.default)[0]
+
+    graph = graph_of(Case("explained", f, (In(F32, (2048, 2048)), In(F32, (2048, 2048)), In(F32, (2048, 8)))))
+    fused, kernels, notes = offline.compile_graph(graph, "cuda:90")
+    text = Program(graph, "triton", "cuda:90", None, fused, list(kernels.values()), notes=notes).explain()
+    assert re.search(r"mm +aten.mm.default +ATen +a large product, which ATen multiplies faster", text)
+    assert re.search(r"mm_2 +aten.mm.default +ATen +alone", text)
+    assert re.search(r"aten.sort.default +ATen +aten.sort.default is no kernel", text)
 
 
 def test_a_product_alone_stays_atens():
