@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfunc.codegen.loops import Kernel, evaluate, kernel
+from fxfunc.codegen.evaluate import evaluate
+from fxfunc.codegen.loops import Kernel, kernel
 from fxfunc.codegen.lower import is_fusable, lower
 from fxfunc.codegen.mapped import Together
 from fxfunc.codegen.rows import REDUCING

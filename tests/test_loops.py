@@ -26,6 +26,7 @@ from kernel_cases import (
     run,
 )
 
+from fxfunc.codegen.evaluate import evaluate
 from fxfunc.codegen.fuse import fuse, kernels_of
 from fxfunc.codegen.loops import (
     Apply,
@@ -36,7 +37,6 @@ from fxfunc.codegen.loops import (
     Load,
     Reduce,
     Store,
-    evaluate,
     kernel,
     verify,
 )

@@ -12,8 +12,9 @@ from product_cases import PRODUCTS, graphs, mm, product_inputs, random_product, 
 from fxfunc.codegen import dots, offline, products
 from fxfunc.codegen.axes import Axes, axes
 from fxfunc.codegen.backends import Program
+from fxfunc.codegen.evaluate import evaluate
 from fxfunc.codegen.fuse import fuse, kernels_of
-from fxfunc.codegen.loops import evaluate, kernel
+from fxfunc.codegen.loops import kernel
 
 pytest.importorskip("triton")
 aten = torch.ops.aten

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import fxfunc
 from fxfunc.codegen import launch, replay
+from fxfunc.codegen.evaluate import evaluate
 from fxfunc.codegen.fuse import fuse, kernels_of
-from fxfunc.codegen.loops import Kernel, evaluate
+from fxfunc.codegen.loops import Kernel
 from fxfunc.codegen.mapped import Together
 from fxfunc.codegen.together import together
 from fxfunc.codegen.triton import POINTERS

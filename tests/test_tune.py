@@ -104,3 +104,11 @@ def test_without_a_gpu_it_says_so():
     lowered = fxfunc.jit(lambda x: x.sin() * 2).lower(torch.ones(3))
     with pytest.raises(BackendError, match="to tune for cuda:90 takes such a GPU; here is"):
         lowered.compile(backend="triton", target="cuda:90", tune=True)
+
+
+@pytest.mark.gpu
+def test_a_tuned_program_equals_eager_on_a_gpu():
+    f = lambda x, w: torch.softmax(torch.relu(x @ w) * 2, -1)
+    x, w = torch.randn(300, 64), torch.randn(64, 80)
+    tuned = fxfunc.jit(f).lower(x.cuda(), w.cuda()).compile(tune=True)
+    torch.testing.assert_close(tuned(x.cuda(), w.cuda()).cpu(), f(x, w))
