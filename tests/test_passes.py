@@ -34,6 +34,11 @@ def same(f, *args) -> None:
     assert torch.equal(torch.signbit(ours)[kept], torch.signbit(theirs)[kept])
 
 
+def filled(like, number: float, *shape):
+    """A tensor of one number."""
+    return torch.full(shape, number, dtype=like.dtype)
+
+
 # before -> what is left of it
 SIMPLER = {
     "x*1": (lambda a: (a * 1).sin(), ["sin.default"]),
@@ -47,6 +52,7 @@ SIMPLER = {
     "a+-b": (lambda a: a.sin() + -a, ["sin.default", "sub.Tensor"]),
     "-a+b": (lambda a: -a + a.sin(), ["sin.default", "sub.Tensor"]),
     "x*full": (lambda a: a * torch.full((2, 3), 2.0, dtype=a.dtype), ["mul.Tensor"]),
+    "full+full": (lambda a: a * (filled(a, 2.0, 2, 3) + filled(a, 3.0, 3)), ["mul.Tensor"]),
     "views": (lambda a: a.reshape(6).reshape(3, 2).t().t().reshape(2, 3).sin(), ["sin.default"]),
     "expand": (lambda a: a.sin()[None].expand(4, 2, 3) * 2.0 + 0.0, None),
     "cse": (lambda a: a.sin() * a.sin(), ["sin.default", "mul.Tensor"]),
@@ -80,6 +86,10 @@ def test_rewrite_leaves_less_and_the_same_answer(name):
         lambda a: a.to(torch.float32).to(torch.float64),
         lambda a: -(a - a.sin()),
         lambda a: 0.0 - a,
+        lambda a: a * (filled(a, -0.0, 3) + filled(a, -0.0, 3)),
+        lambda a: a + (filled(a, 1e308, 3) + filled(a, 1e308, 3)),
+        lambda a: a + torch.add(filled(a, 1.0, 3), filled(a, 2.0, 3), alpha=0.5),
+        lambda a: a.bfloat16() + (filled(a.bfloat16(), 0.1, 3) + filled(a.bfloat16(), 0.2, 3)),
     ],
 )
 def test_no_rewrite_changes_special_values(f):
