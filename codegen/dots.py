@@ -15,7 +15,7 @@ from fxfunc.passes.dims import Dim, Size, numel
 from .axes import axes, reads_along, terms_of
 from .loops import Dot, Index, Iota, Kernel, Load, Store
 from .products import Blocks, is_wide
-from .triton import HELPERS, TYPES, Instructions, module, size_text
+from .triton import HELPERS, TYPES, Instructions, module, size_name, size_text
 
 GROUP = 8  # blocks of rows that are done before the next block of columns, so that both stay in cache
 
@@ -41,7 +41,7 @@ class _Emitter(Instructions):
         super().__init__(k)
         self.b, self.precision, self.axes, self.terms = b, precision, axes(k), terms_of(k)
         self.along = reads_along(k)
-        self.taken = {*RESERVED, *HELPERS, *k.sizes}
+        self.taken = {*RESERVED, *HELPERS, *map(size_name, k.sizes)}
         self.args = [self._local(a.name or f"arg{i}") for i, a in enumerate(k.args)]
         self.place: dict[
             int, tuple[str, str]
@@ -62,7 +62,7 @@ class _Emitter(Instructions):
 
     def lines(self) -> list[str]:
         """The function, line by line."""
-        self.out = [f"def {self.k.name}({', '.join([*self.args, *self.k.sizes])}):"]
+        self.out = [f"def {self.k.name}({', '.join([*self.args, *map(size_name, self.k.sizes)])}):"]
         self._where()
         dots = {i: x for i, x in enumerate(self.k.body) if isinstance(x, Dot)}
         for i, x in dots.items():
@@ -73,7 +73,8 @@ class _Emitter(Instructions):
         described = {i: self._described(x) for i, x in dots.items()} if self.b.described else {}
         self._emit(f"for start in range(0, {size_text(numel(self.terms))}, {self.b.terms}):")
         self.indent += "    "
-        self._emit(f"term = {self._from('start', self.b.terms)}")
+        term = self._from("start", self.b.terms)
+        self._emit(f"term = ({term}).to(tl.int64)" if is_wide(self.k) else f"term = {term}")
         self._coordinates("term", range(len(self.terms)), self.terms, "t")
         for i, x in dots.items():
             self._dot(i, x, described.get(i, ("", "")))

@@ -277,7 +277,9 @@ class Launcher:
         outputs = [(shape, torch.empty(shape, device="meta").stride(), dtype) for shape, dtype in shapes]
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        plan = self._plans[values] = Plan(count, outputs, [n * count for n in needs], any(needs))
+        plan = self._plans[values] = Plan(
+            count, outputs, [n * count for n in needs], len(needs) > 2 or any(needs)
+        )
         return plan
 
 

@@ -17,7 +17,7 @@ from fxfunc.passes.dims import Dim, Size, numel
 from fxfunc.passes.graph import Op, Val, constant
 from fxfunc.passes.infer import OWN
 
-from .axes import axes, is_product
+from .axes import axes, is_product, reads_along
 from .expr import Body, Expr
 from .index import (
     VIEWS,
@@ -202,8 +202,8 @@ class _Lowering:
         ]
         grid = tuple(self.space.sizes[a] for a in self.grid)
         kernel = verify(collapse(Kernel(grid, tuple(args), self.body.finish(stores), name)))
-        if is_product(kernel) and not (axes(kernel).rows and axes(kernel).columns):
-            raise NotFusable("products of other sizes")
+        if is_product(kernel):
+            _check_product(kernel)
         return kernel, tuple(self.operands)
 
     # -- values --
@@ -366,6 +366,15 @@ class _Lowering:
         return Index(
             flat.offset, tuple(flat.coefs[a] for a in self.grid), tuple(flat.coefs[a] for a in self.tile)
         ), shape
+
+
+def _check_product(k: Kernel) -> None:
+    """`NotFusable` if it has no rows or no columns, or computes something for each term behind the product."""
+    if not (axes(k).rows and axes(k).columns):
+        raise NotFusable("products of other sizes")
+    along = reads_along(k)
+    if any(-1 in along[i] for i, x in enumerate(k.body) if isinstance(x, Store)):
+        raise NotFusable("a result along the terms of a product")
 
 
 def _arg(node: Node, name: str, output: bool = False) -> Arg:

@@ -15,9 +15,9 @@ from torch.fx import Node
 from fxfunc.passes.dims import Dim, Size, estimate, numel
 
 from .axes import axes, is_product, terms_of
-from .loops import Dot, Kernel
+from .loops import Dot, Iota, Kernel, Load, Store
 from .mapped import AnyKernel, Together
-from .triton import power
+from .triton import power, span
 
 PROCESSORS = 128  # about as many as a large device has
 
@@ -57,8 +57,13 @@ def blocks(k: Kernel, capability: int, precision: str) -> Blocks:
 
 
 def is_wide(k: Kernel) -> bool:
-    """True if an argument may have 2^31 elements, so that offsets are int64."""
-    return any(isinstance(n, Dim) or n >= 2**31 for n in (numel(a.shape) for a in k.args))
+    """True if an argument may have 2^31 elements or an index reach so far, so that offsets are int64."""
+    reach = [
+        span(x.index.grid, k.grid) + span(x.index.tile, x.shape)
+        for x in k.body
+        if isinstance(x, (Load, Iota, Store))
+    ]
+    return any(isinstance(n, Dim) or n >= 2**31 for n in (*(numel(a.shape) for a in k.args), *reach))
 
 
 def programs(k: AnyKernel, block: tuple[int, ...]) -> Size:

@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxfunc.passes import errors
+from fxfunc.passes.decompose import tensors_in
 from fxfunc.passes.graph import Graph, constant, getitem, is_random, root, scan
 
 from . import eager
@@ -28,6 +31,7 @@ from .loops import Kernel, kernel
 from .lower import is_constant
 from .promises import promises
 
+aten = torch.ops.aten
 _PLANS = 16  # of sizes that are remembered; each keeps the memory between its kernels
 
 
@@ -71,14 +75,15 @@ def _origin(n: Node) -> Node:
 class Replay:
     """The program of a graph that `refusal` does not refuse, on CUDA tensors, replayed on torch's current stream.
 
-    Calls whose inputs a kernel would not read as they are run kernel by kernel, as without CUDA graphs."""
+    Calls whose inputs a kernel would not read as they are run kernel by kernel, as without CUDA graphs. Raises BackendError
+    where a value is copied between kernels."""
 
     def __init__(self, graph: Graph, launchers: Mapping[Kernel, Launcher]):
         self._log: list[_Launch] = []
         self._plain = eager.emit(graph, launchers)
         self._noting = eager.emit(graph, {k: _Noting(x, self._log) for k, x in launchers.items()})
-        self._driver = next(iter(launchers.values())).driver
-        self._plans: dict[tuple, _Plan | None] = {}
+        self._first = next(iter(launchers.values()))
+        self._plans: dict[tuple, _Plan] = {}
         self._lock = threading.Lock()
         self.promises = promises(graph)
 
@@ -102,25 +107,44 @@ class Replay:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = self._made(tensors, device)
-            plan = self._plans[key]
-            if plan is not None:
-                return plan.run(tensors, stream)
-        return self._plain(tensors)
+            self._first.function(device, tensors[0])  # makes the context current in this thread
+            return self._plans[key].run(tensors, stream)
 
-    def _made(self, tensors: list[Tensor], device: int) -> _Plan | None:
-        """The plan for tensors of these sizes; None if a kernel reads a view that is copied first."""
+    def _made(self, tensors: list[Tensor], device: int) -> _Plan:
+        """The plan for tensors of these sizes."""
         self._log.clear()
         try:
-            results = self._noting(list(tensors))
-            return _Plan(self._driver(), tensors, self._log, results, device)
-        except _Copied:
-            return None
+            with _OnlyViews():
+                results = self._noting(list(tensors))
+            return _Plan(self._first.driver(), tensors, self._log, results, device)
+        except _Copied as e:
+            what = f"no CUDA graph for these sizes: {e}"
+            raise errors.BackendError(
+                backend="triton", what=what, instead="Call it without with_cuda_graph()."
+            ) from None
         finally:
             self._log.clear()
 
 
 class _Copied(Exception):
-    """An operand has to be copied before a kernel reads it."""
+    """A value is copied, or made by a call that is no kernel."""
+
+
+_LIKE = {getattr(aten, name).default for name in ("full_like", "zeros_like", "ones_like", "new_empty")}
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Lets ATen make views and what depends on no values; anything else would be done once, not at each replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read = {
+            x.untyped_storage().data_ptr() for x in tensors_in([args, list((kwargs or {}).values())], Tensor)
+        }
+        made = {x.untyped_storage().data_ptr() for x in tensors_in([out], Tensor)}
+        if read and func not in _LIKE and (func._schema.is_mutable or not made <= read):
+            raise _Copied(f"{func} copies a value")
+        return out
 
 
 class _Launch(NamedTuple):
@@ -142,7 +166,7 @@ class _Noting:
 
     def __call__(self, operands: Sequence[Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
         if not all(map(is_dense, operands)):
-            raise _Copied
+            raise _Copied(f"{self.launcher.binary.name} reads a view that is copied first")
         values, plan = self.launcher.plan(sizes)
         outputs, memory = plan.allocate(operands[0])
         if plan.count:
@@ -230,18 +254,20 @@ class _Plan:
                      if x is not None and moved.find(x.data_ptr()) is None]  # fmt: skip
         self.nodes: list[_Node] = []
         writers: dict[int, ctypes.c_void_p] = {}
-        graph, self.exec = ctypes.c_void_p(), ctypes.c_void_p()
+        self.graph, self.exec = (
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+        )  # its nodes are named by the graph as long as it lives
         functions = [step.launcher.function(device, tensors[0]) for step in log]
-        driver.call("cuGraphCreate", ctypes.byref(graph), 0)
-        try:
-            for step, function in zip(log, functions, strict=True):
-                read = dict.fromkeys(x.untyped_storage().data_ptr() for x in step.operands)
-                node = _Node(driver, graph, step, moved, [writers[p] for p in read if p in writers], function)
-                self.nodes.append(node)
-                writers |= {x.untyped_storage().data_ptr(): node.node for x in step.outputs if x.numel()}
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.exec), graph, ctypes.c_ulonglong(0))
-        finally:
-            driver.call("cuGraphDestroy", graph)
+        driver.call("cuGraphCreate", ctypes.byref(self.graph), 0)
+        for step, function in zip(log, functions, strict=True):
+            read = dict.fromkeys(x.untyped_storage().data_ptr() for x in step.operands)
+            node = _Node(
+                driver, self.graph, step, moved, [writers[p] for p in read if p in writers], function
+            )
+            self.nodes.append(node)
+            writers |= {x.untyped_storage().data_ptr(): node.node for x in step.outputs if x.numel()}
+        driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.exec), self.graph, ctypes.c_ulonglong(0))
 
     def run(self, tensors: list[Tensor], stream: int) -> list[Tensor | None]:
         """New results, computed on a stream."""
@@ -266,14 +292,20 @@ class _Plan:
         self.addresses = addresses
 
     def __del__(self):
-        if getattr(self, "exec", None):
-            self.driver.lib.cuGraphExecDestroy(self.exec)
+        for name, handle in (("cuGraphExecDestroy", "exec"), ("cuGraphDestroy", "graph")):
+            if getattr(self, handle, None):
+                getattr(self.driver.lib, name)(getattr(self, handle))
 
 
 def _result(x: Tensor, log: Sequence[_Launch], fresh: list[Tensor]) -> _Result:
     """How a result is made; the output whose memory it is becomes one of the `fresh` tensors."""
+    if not x.numel():
+        fresh.append(x)
+        return _Result(len(fresh) - 1, None)
     made = (y for step in log for y in step.outputs if y.numel())
-    whole = next((y for y in made if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()), x)
+    whole = next((y for y in made if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()), None)
+    if whole is None:
+        raise _Copied("a result is no kernel's")
     which = next((i for i, y in enumerate(fresh) if y is whole), len(fresh))
     if which == len(fresh):
         fresh.append(whole)

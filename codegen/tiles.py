@@ -28,7 +28,7 @@ from .tile_blocks import added, filled, write
 from .tile_moves import MOVES, move
 from .tile_products import Product
 from .tile_program import Buffer, Program
-from .triton import TYPES, module
+from .triton import TYPES, module, size_name, size_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def source(tasks: Tasks, precision: str = "bf16x6") -> Source:
     """The kernel as a module of Triton source, products of float32 in this precision, or `NotFusable`."""
     program = None
     for _ in range(2):
-        program = Program(precision, (tasks.name, *tasks.sizes), program)
+        program = Program(precision, (tasks.name, *map(size_name, tasks.sizes)), program)
         head = _write(program, tasks)
     padding = program.padded / program.work if program.work else 1.0
     return Source(
@@ -83,7 +83,7 @@ def _write(p: Program, t: Tasks) -> str:
         for total, v in zip(totals, graph.out_vals, strict=True):
             if total:
                 write(p, filled(v, 0), [total])
-        count = t.length if isinstance(t.length, int) else t.length.python()
+        count = size_text(t.length)
         p.loop(
             f"for task in range(program * {count} // {t.programs}, (program + 1) * {count} // {t.programs}):"
         )
@@ -102,7 +102,7 @@ def _write(p: Program, t: Tasks) -> str:
             write(p, added(v), [body.places[n], total, total])
     if not one_each:
         p.end()
-    return f"def {t.name}({', '.join([*ins, *outs, 'scratch_ptr', *t.sizes])}):"
+    return f"def {t.name}({', '.join([*ins, *outs, 'scratch_ptr', *map(size_name, t.sizes)])}):"
 
 
 def prepare_tiles(graph: Graph) -> Graph:

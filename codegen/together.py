@@ -17,9 +17,9 @@ from fxfunc.passes.graph import Graph, getitem, substitute
 from .explain import row
 from .index import NotFusable
 from .loops import Dot, Kernel, kernel, value_names
-from .lower import MAX_ARGS, base, is_free, is_fusable, lower
+from .lower import MAX_ARGS, is_free, is_fusable, lower
 from .mapped import Together
-from .triton import HELPERS, module, part_lines, schedule, size_text, tile_of
+from .triton import HELPERS, module, part_lines, schedule, size_name, size_text, tile_of
 
 MOST_PARTS = 16
 SMALL = 2**20  # elements that a part may read: 4 MiB take about as long as a launch
@@ -50,7 +50,7 @@ class _Joined:
             self._get(n)
         for n in self.old.nodes:
             if is_free(n) or n.target is getitem:
-                if base_of(n) in self.waits:
+                if any(x in self.waits for x in n.all_input_nodes):
                     self.waits.add(n)
                 continue  # copied where it is read
             found = _part(n)
@@ -115,11 +115,6 @@ class _Joined:
         return self.env[n]
 
 
-def base_of(n: Node) -> Node:
-    """What a view or a result is of."""
-    return base(n.args[0]) if n.target is getitem else base(n)
-
-
 def _part(n: Node) -> tuple[Kernel, tuple[Node, ...]] | None:
     """A call as a small kernel, with its operands; None if it is none."""
     if n.target is kernel:
@@ -158,9 +153,9 @@ def together_source(k: Together) -> str:
         word = "if" if i == 0 else "elif"
         lines.append(f"    {word} pid < {size_text(end)}:" if i + 1 < len(k.parts) else "    else:")
         offset = "pid" if first == 0 else f"pid - {size_text(first)}"
-        lines.append(f"        part{i}({', '.join([offset, *args, *p.sizes])})")
+        lines.append(f"        part{i}({', '.join([offset, *args, *map(size_name, p.sizes)])})")
         first = end
-    head = f"def {k.name}({', '.join([*names, *k.sizes])}):"
+    head = f"def {k.name}({', '.join([*names, *map(size_name, k.sizes)])}):"
     return module("\n".join([*text, "@triton.jit", head, "    pid = tl.program_id(0)", *lines]))
 
 
@@ -171,7 +166,7 @@ def _names(k: Together) -> Sequence[str]:
         "libdevice",
         "pid",
         *HELPERS,
-        *k.sizes,
+        *map(size_name, k.sizes),
         *(f"part{i}" for i in range(len(k.parts))),
     )
     return value_names(Kernel((), k.args, ()), taken)

@@ -8,6 +8,7 @@ here. Nothing of Triton is imported; offline.py compiles the text, and it runs a
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import linecache
 import math
 import re
@@ -110,8 +111,8 @@ def schedule(k: Kernel) -> Schedule:
     """The blocks of a kernel: a function of its shapes, symbolic ones estimated."""
     rows, tile = estimate(numel(k.grid)), tile_of(k)
     accesses = [x for x in k.body if isinstance(x, (Load, Iota, Store))]
-    down = max((_span(x.index.grid, k.grid) for x in accesses), default=0)
-    across = max((_span(x.index.tile, x.shape) for x in accesses), default=0)
+    down = max((span(x.index.grid, k.grid) for x in accesses), default=0)
+    across = max((span(x.index.tile, x.shape) for x in accesses), default=0)
     wide = any(
         isinstance(n, Dim) or n >= 2**31
         for n in (numel(k.grid) * numel(tile), *(numel(a.shape) for a in k.args), down + across)
@@ -130,7 +131,7 @@ def schedule(k: Kernel) -> Schedule:
     return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide, across >= 2**31)
 
 
-def _span(strides: tuple[Size, ...], sizes: tuple[Size, ...]) -> int:
+def span(strides: tuple[Size, ...], sizes: tuple[Size, ...]) -> int:
     """How far an access moves along these axes; symbolic terms are left out, being int64 as they are."""
     terms = zip(strides, sizes, strict=True)
     return sum(abs(s) * (n - 1) for s, n in terms if not isinstance(s, Dim) and not isinstance(n, Dim))
@@ -264,15 +265,17 @@ class _Emitter(Instructions):
         self.pid = pid  # the argument that is the number of the program, "" if it is the launch's
         self.schedule, self.tile = s, tile_of(k)
         self.unit = [1, 1] if self.tile else [1]
-        names = value_names(k, ("tl", "triton", "libdevice", "pid", "row", "col", "block", "row_in", "col_in", *HELPERS, *k.sizes,
-                                *(f"{c}{i}" for c in "gt" for i in range(8))))  # fmt: skip
+        own = "tl triton libdevice pid row col block row_in col_in".split() + [
+            f"{c}{i}" for c in "gt" for i in range(8)
+        ]
+        names = value_names(k, (*own, *HELPERS, *map(size_name, k.sizes)))
         self.args, self.values = names[: len(k.args)], names[len(k.args) :]
         self.depth = self._depths()
 
     def lines(self) -> list[str]:
         """The function, line by line."""
         given = [self.pid] if self.pid else []
-        self.out = [f"def {self.k.name}({', '.join([*given, *self.args, *self.k.sizes])}):"]
+        self.out = [f"def {self.k.name}({', '.join([*given, *self.args, *map(size_name, self.k.sizes)])}):"]
         self._rows()
         if self.schedule.looped:
             self._stages()
@@ -413,8 +416,19 @@ class _Emitter(Instructions):
 
 def size_text(x: Size) -> str:
     """A size as source text."""
-    text = x.python() if isinstance(x, Dim) else str(x)
+    text = re.sub(r"[A-Za-z_]\w*", lambda m: size_name(m[0]), x.python()) if isinstance(x, Dim) else str(x)
     return text[1:-1] if text[1:-1].isidentifier() else text
+
+
+# What the emitters call their own.
+_OWN = re.compile(r"tl|triton|libdevice|program|task|tasks|scratch\w*|pid|part\d+|row\w*|col\w*|block|tile|item|group|height|"
+                  r"start|term\w*|[gt]\d+|size_of_\w*")  # fmt: skip
+
+
+def size_name(name: str) -> str:
+    """The parameter of a symbolic size, which may have any name."""
+    taken = _OWN.fullmatch(name) or name in HELPERS or keyword.iskeyword(name)
+    return f"size_of_{name}" if taken else name
 
 
 def _literal(x: float) -> str:

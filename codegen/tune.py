@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from . import cxx, offline, written
 from .launch import Binary, Launcher
 from .mapped import AnyKernel
 
+log = logging.getLogger("fxfunc")
 SIZE = 1024  # of a symbolic size
 REPEATS = 20
 
@@ -41,7 +43,14 @@ def tuned(
     path = _path(k, capability, precision, device, choices)
     chosen = _read(path, len(choices))
     if chosen is None:
-        chosen = _fastest(k, target, precision, choices, measure or seconds)
+        try:
+            chosen = _fastest(k, target, precision, choices, measure or seconds)
+        except (
+            errors.DynamicShape,
+            torch.OutOfMemoryError,
+        ) as e:  # at the size that stands for symbolic ones
+            log.warning("%s is not tuned: %s", k.name, e)
+            chosen = 0
         _keep(path, chosen)
     return offline.compile(k, target, precision, choices[chosen] if chosen else None)
 
@@ -49,9 +58,11 @@ def tuned(
 def _fastest(
     k: AnyKernel, target: str, precision: str, choices: list, measure: Callable[[Binary], float]
 ) -> int:
-    """Which of the choices is fastest; those that spill or do not fit are not tried, nor what is within noise of the first."""
+    """Which of the choices is fastest: the first, unless another is so beyond noise; what spills or does not fit is not tried."""
     limit = offline.SHARED[offline.capability_of(target)]
     first = offline.compile(k, target, precision)
+    if first.shared > limit:
+        return 0
     best, least = 0, measure(first) * 0.97
     for i, way in enumerate(choices[1:], 1):
         b = offline.compile(k, target, precision, way)
@@ -63,7 +74,10 @@ def _fastest(
 def seconds(b: Binary) -> float:
     """The median of some launches on random operands, by CUDA events; the first ones load the code and the caches."""
     sizes = dict.fromkeys(b.kernel.sizes, SIZE)
-    operands = [_random([at(s, sizes) for s in a.shape], a.dtype) for a in b.kernel.args if not a.output]
+    generator = torch.Generator(device="cuda")
+    operands = [
+        _random([at(s, sizes) for s in a.shape], a.dtype, generator) for a in b.kernel.args if not a.output
+    ]
     launcher, took = Launcher(b), []
     for i in range(REPEATS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,10 +89,10 @@ def seconds(b: Binary) -> float:
     return statistics.median(took)
 
 
-def _random(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Operands; integers are 0, which are indices of anything."""
+def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Operands, by a generator of our own; integers are 0, which are indices of anything."""
     if dtype.is_floating_point:
-        return torch.rand(shape, device="cuda").to(dtype)
+        return torch.rand(shape, device="cuda", generator=generator).to(dtype)
     return torch.zeros(shape, dtype=dtype, device="cuda")
 
 
@@ -99,7 +113,7 @@ def _path(k: AnyKernel, capability: int, precision: str, device: str, choices: l
     import triton
 
     text = written.write(k, capability, precision).text
-    parts = (text, str(capability), precision, device, triton.__version__, repr(choices))
+    parts = (str(k), text, str(capability), precision, device, triton.__version__, repr(choices))
     return cxx.cache() / "tuned" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
 
 

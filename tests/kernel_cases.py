@@ -296,6 +296,9 @@ PATTERNS: list[Case] = [
     Case("half_steps", _half_steps, (In(F32, (10,)),)),
     Case("several", _several, (In(F32, (T, 4)), In(F32, (4,))), TS),
     Case("column_sums", _steps, (In(F32, (6, 5)), In(F32, (T, 6, 5))), TS[1:]),
+    Case("size_row", lambda x: (x * 2).sum([1]) + 1, (In(F32, (Dim("row"), 7)),), ({"row": 5},)),
+    Case("size_col", lambda x: (x * 2).sum([1]) + 1, (In(F32, (7, Dim("col"))),), ({"col": 5},)),
+    Case("size_g0", lambda x, y: x.permute([1, 0]) * 2 + y, (In(F32, (Dim("g0"), 7)), In(F32, (Dim("g0"),))), ({"g0": 5},)),
     Case("scalars", lambda x, y: (x * y + 1).sqrt() / 3, (In(F32, (), True), In(F32, (), True))),
     Case("broadcast", lambda x, y: (x + y).exp() * x, (In(F32, (T, 1, 3)), In(F32, (4, 1))), TS),
     Case("half", lambda x, y: ((x + y) * 2).sin() - y, (In(F16, (T, 3)), In(F16, (3,))), TS),
@@ -314,6 +317,8 @@ TOGETHER: list[Case] = [
     Case("sums_of_rows", _sums, (In(F32, (T, 9)), In(F32, (T, 3, 2)), In(F32, (T,))), TS),
     Case("waiting", _waiting, (In(F32, (20, 30)), In(F32, (7,)), In(F32, (30, 12)))),
     Case("many", lambda *xs: tuple(x * 2 for x in xs), tuple(In(F32, (n + 1,)) for n in range(40))),
+    Case("sizes", lambda x, y: (x.tanh() * 2, y.sum([1])), (In(F32, (Dim("pid"), 5)), In(F32, (7, Dim("part0")))),
+         ({"pid": 6, "part0": 9},)),
     Case("same", lambda x, y: (x.tanh() * 2, y.tanh() * 2, (x + y).exp()), (In(F32, (T, 5)), In(F32, (T, 5))), TS),
 ]  # fmt: skip
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
-from kernel_cases import BF16, BOOL, F16, F32, Case, In, T, graph_of, inputs_of
+from kernel_cases import BF16, BOOL, F16, F32, I64, Case, In, T, graph_of, inputs_of
 from torch import Tensor
 
 from fxfunc.codegen.fuse import fuse
+from fxfunc.passes.dims import Dim
 from fxfunc.passes.graph import Graph
 from fxfunc.passes.record import Value
 
@@ -44,12 +45,23 @@ def _scores(q: Value, k: Value, m: Value) -> Value:
     return m.where(bmm(q, turned(k)) * 0.25, q.full([], -1e9))
 
 
+def _far_steps(x: Value, w: Value) -> Value:
+    """Numbers above 2^32 beside a small product."""
+    steps = x.builder.emit(aten.arange.start_step, (0, 64 * 10**8, 10**8), {"dtype": I64})
+    return mm(x, w) + steps.to(F32)
+
+
 def _both(x: Value, w: Value) -> tuple:
     y = mm(x, w)
     return y, relu(y)
 
 
 PRODUCTS: list[Case] = [
+    *(Case(f"size_{name}", lambda x, w: relu(mm(x, w)), (In(F32, (Dim(name), 20)), In(F32, (20, 24))), ({name: 33},))
+      for name in ("row", "pid", "col_in", "lambda")),
+    *(Case(f"terms_{name}", lambda x, w: relu(mm(x, w)), (In(F32, (20, Dim(name))), In(F32, (Dim(name), 24))), ({name: 40},))
+      for name in ("start", "term", "row")),
+    Case("far_steps", _far_steps, (In(F32, (16, 24)), In(F32, (24, 64)))),
     Case("linear", lambda x, w, b: relu(mm(x, w) + b), (In(F32, (65, 70)), In(F32, (70, 50)), In(F32, (50,)))),
     Case("rows", lambda x, w: relu(mm(x, w)), (In(F32, (T, 20)), In(F32, (20, 24))), ({"T": 0}, {"T": 1}, {"T": 5}, {"T": 97})),
     Case("terms", lambda x, w: mm(x * 2 + 1, w) * 2, (In(F32, (20, T)), In(F32, (T, 24))), ({"T": 2}, {"T": 40})),

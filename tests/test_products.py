@@ -104,6 +104,12 @@ def test_blocks_follow_from_shapes_and_there_are_enough_of_them():
     assert blocks(256, 256).rows == 32
 
 
+def test_terms_are_int64_where_a_factor_has_2_to_the_31_elements():
+    k = only_kernel(Case("wide", lambda x, w: relu(mm(x, w)), (In(F16, (16, 64)), In(F16, (64, 2**26)))))
+    text = dots.source(k, products.blocks(k, 90, "ieee"), "ieee")
+    assert "term = (start + tl.arange(0, 64)).to(tl.int64)" in text and "descriptor" not in text
+
+
 def test_names_that_mean_something_there_are_not_taken():
     graph = graph_of(named("linear"))
     for n, name in zip(
@@ -166,8 +172,12 @@ def test_a_product_alone_stays_atens():
         lambda x, w: mm(x * 2, w).sum([1]),
         lambda x, w: mm(relu(mm(x, w) + 1), w) * 2,
         lambda x, w: mm(x.sum([1], True) * x, w) * 2,
+        lambda x, w: (
+            mm(x, w).call(aten.unsqueeze.default, -1)
+            * w.call(aten.slice.Tensor, 0, 0, 33).call(aten.unsqueeze.default, 1).expand(33, 40, 40)
+        ),
     ],
-    ids=["expensive", "sum", "chain", "norm"],
+    ids=["expensive", "sum", "chain", "norm", "along the terms"],
 )
 def test_what_does_not_fit_in_one_kernel_is_right_in_several(f):
     case = Case("several", f, (In(F32, (33, 40)), In(F32, (40, 40))))

@@ -63,6 +63,15 @@ def test_a_chain_stays_apart():
     assert parts_of(graph) == [] and len(kernels_of(graph)) == 2
 
 
+def test_what_a_constant_is_like_is_not_computed_twice():
+    def f(x, w):
+        y = (x * 2).tanh()
+        return y, w.exp(), x.builder.emit(aten.full_like.default, (y, 3.0), {}).call(aten.mm.default, w)
+
+    graph = joined(Case("like", f, (In(F32, (6, 8)), In(F32, (8, 4)))))
+    assert len([n for n in graph.nodes if n.target is kernel]) == 1
+
+
 def test_a_large_kernel_does_not_join():
     case = Case("large", lambda x, y: (x.sin() * 2, y.sin() * 2), (In(F32, (2**11, 2**10)), In(F32, (4,))))
     assert parts_of(joined(case)) == []
