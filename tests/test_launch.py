@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import F16, F32, PATTERNS, TOGETHER, Case, In, T, assert_equal, graph_of, inputs_of, run
 from product_cases import PRODUCTS, graphs, product_inputs
-from task_cases import TASKS, graph_and_inputs
+from task_cases import TASKS, graph_and_inputs, tasks_of
 
 from fxfunc.codegen import eager, launch
 from fxfunc.codegen.fuse import fuse, kernels_of
@@ -271,6 +271,29 @@ def test_products_on_a_gpu_equal_eager(case):
 
 def test_files_of_a_binary_give_it_back():
     b = binary(scratch=(64, 16), ptx="text", source="lines")
+    again = launch.read(b.kernel, b.files())
+    assert {f.name: getattr(again, f.name) for f in dataclasses.fields(b)} == {
+        f.name: getattr(b, f.name) for f in dataclasses.fields(b)
+    }
+
+
+def kernels_of_all_kinds() -> dict:
+    """A kernel, a product, several together and a map."""
+    (plain,) = kernels_of(fuse(graph_of(next(c for c in PATTERNS if c.name == "softmax"))))
+    (product,) = kernels_of(graphs(next(c for c in PRODUCTS if c.name == "linear"))[1])
+    (several,) = kernels_of(together(fuse(graph_of(next(c for c in TOGETHER if c.name == "step")))))
+    (tasks,) = tasks_of(graph_and_inputs(next(c for c in TASKS if c.name == "per-sample gradients"))[0])[0][
+        :1
+    ]
+    return {"plain": plain, "product": product, "several": several, "map": tasks}
+
+
+@pytest.mark.parametrize("kind", ["plain", "product", "several", "map"])
+def test_files_of_a_compiled_kernel_give_it_back(kind):
+    pytest.importorskip("triton")
+    from fxfunc.codegen import offline
+
+    b = offline.compile(kernels_of_all_kinds()[kind], "cuda:80")
     again = launch.read(b.kernel, b.files())
     assert {f.name: getattr(again, f.name) for f in dataclasses.fields(b)} == {
         f.name: getattr(b, f.name) for f in dataclasses.fields(b)
