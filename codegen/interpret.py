@@ -57,7 +57,7 @@ def _prepare(k: AnyKernel) -> tuple[Callable, tuple[int, ...], int | None]:
         )
     _install()
     w = write(k, 90, "ieee")
-    return load(k.name, w.text), w.block, w.workspace
+    return load(w.name, w.text), w.block, w.workspace
 
 
 @functools.cache

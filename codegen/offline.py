@@ -80,7 +80,7 @@ def compile(
         ) from e
     w = write(k, capability, precision_for(target, precision), way)
     types = parameter_types(k)
-    fn = load(k.name, w.text)
+    fn = load(w.name, w.text)
     attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
     ast = triton.compiler.ASTSource(fn, dict(zip(fn.arg_names, types, strict=True)), {}, attrs)
     # As nvcc compiles ATen: no fused multiply-adds, and subnormal numbers count.

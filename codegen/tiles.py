@@ -33,9 +33,10 @@ from .triton import TYPES, module, size_name, size_text
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What `source` gives: the module's text, bytes of scratch memory a program, whether it checks indices, what each call
-    became, and how often the multiplications of its products are done, for padding."""
+    """What `source` gives: the function's name and the module's text, bytes of scratch memory a program, whether it checks
+    indices, what each call became, and how often the multiplications of its products are done, for padding."""
 
+    name: str
     text: str
     workspace: int
     checks: bool
@@ -57,6 +58,7 @@ def source(tasks: Tasks, precision: str = "bf16x6") -> Source:
         head = _write(program, tasks)
     padding = program.padded / program.work if program.work else 1.0
     return Source(
+        tasks.name,
         module("\n".join(["@triton.jit", head, *program.lines()])),
         program.workspace,
         program.checks,

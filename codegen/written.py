@@ -20,9 +20,12 @@ from .triton import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A module of Triton source. `block` is how much of a grid a program does (`products.programs`), `workspace` the bytes of
-    scratch memory that a program of tasks takes, `checks` whether it has assertions, `stages` how far loads are ahead."""
+    """A module of Triton source and the name of its function, which equal kernels share whatever theirs are.
 
+    `block` is how much of a grid a program does (`products.programs`), `workspace` the bytes of scratch memory that a program of
+    tasks takes, `checks` whether it has assertions, `stages` how far loads are ahead."""
+
+    name: str
     text: str
     warps: int
     block: tuple[int, ...]
@@ -40,12 +43,14 @@ def write(k: AnyKernel, capability: int, precision: str, way: Way | None = None)
     way = model(k, capability, precision) if way is None else way
     if isinstance(k, Tasks):
         made = tiles.source(k, precision)
-        return Written(made.text, way, (1,), made.workspace, made.checks)
+        return Written(made.name, made.text, way, (1,), made.workspace, made.checks)
     if isinstance(k, Together):
-        return Written(together_source(k), way, tuple(triton.schedule(p).rows for p in k.parts))
+        return Written(k.name, together_source(k), way, tuple(triton.schedule(p).rows for p in k.parts))
     if is_product(k):
-        return Written(dots.source(k, way, precision), way.warps, (way.rows, way.columns), stages=way.stages)
-    return Written(triton.source(k, way), way.warps, (way.rows,))
+        return Written(
+            k.name, dots.source(k, way, precision), way.warps, (way.rows, way.columns), stages=way.stages
+        )
+    return Written(k.name, triton.source(k, way), way.warps, (way.rows,))
 
 
 def model(k: AnyKernel, capability: int, precision: str) -> Way:

@@ -51,6 +51,11 @@ def _map_inside(x: Tensor, xs: Tensor) -> Tensor:
     return fxfunc.scan(step, x, xs)[0]
 
 
+def _two_maps(x: Tensor, xs: Tensor) -> Tensor:
+    """A map in each step, and another one behind the loop."""
+    return fxfunc.vmap(fxfunc.grad(lambda c: (c.cos() ** 3).sum()))(_map_inside(x, xs))
+
+
 def _gradient(x: Tensor, xs: Tensor) -> Tensor:
     """The backward loop reads what the forward loop stacked."""
     return fxfunc.grad(lambda x: _scanned(x, xs)[1].sum())(x)
@@ -61,6 +66,7 @@ LOOPS = [
     Loop("scanned", _scanned, ((3, 4), (5, 3, 4))),
     Loop("products", _products, ((20, 24), (24, 24))),
     Loop("map inside", _map_inside, ((6, 4), (5, 6, 4))),
+    Loop("two maps", _two_maps, ((6, 4), (5, 6, 4))),
     Loop("gradient", _gradient, ((3, 4), (5, 3, 4))),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -194,6 +195,12 @@ def test_equal_kernels_are_emitted_and_compiled_once():
     assert row.keys() == {"name", "regs", "spills", "smem", "size"} and row["size"] == len(
         binaries[row["name"]].cubin
     )
+
+
+def test_equal_kernels_of_two_names_compile_in_one_process():
+    k = only_kernel(Case("names", lambda x: (x + 0.375).exp() * 2, (In(F32, (77,)),)))
+    for i, precision in enumerate((None, "ieee", "tf32")):
+        assert offline.compile(dataclasses.replace(k, name=f"name_{i}"), "cuda:80", precision).regs > 0
 
 
 @pytest.mark.parametrize("target", ["cuda", "cuda:75", "cuda:9", "hip:gfx90a", "cpu", "cuda:abc"])
