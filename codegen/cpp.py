@@ -115,7 +115,9 @@ class _Function:
 
     def __init__(self, k: Kernel, name: str, parallel: bool, part: bool):
         self.k, self.name, self.parallel, self.part, self.tile = k, name, parallel, part, tile_of(k)
-        names = [n if n.isascii() else "v" for n in value_names(k, (*RESERVED, *k.sizes, name))]
+        names = [
+            n if n.isascii() else "v" for n in value_names(k, (*RESERVED, *map(_size_name, k.sizes), name))
+        ]
         names = names if len(set(names)) == len(names) else [f"v{i}" for i in range(len(names))]
         self.args, self.values = names[: len(k.args)], names[len(k.args) :]
         self.out: list[str] = []
@@ -129,7 +131,7 @@ class _Function:
             f"{TYPES[a.dtype]}* __restrict {n}" if a.output else f"const {TYPES[a.dtype]}* __restrict {n}"
             for a, n in zip(self.k.args, self.args, strict=True)
         ]
-        params += [f"int64_t {s}" for s in self.k.sizes] + ["int threads"] * self.parallel
+        params += [f"int64_t {_size_name(s)}" for s in self.k.sizes] + ["int threads"] * self.parallel
         params += ["int64_t begin", "int64_t end"] * self.part
         if not self.tile:
             self._pointwise()
@@ -457,8 +459,17 @@ def _cast(old: torch.dtype, new: torch.dtype) -> str:
 
 def _size(x: Size) -> str:
     """A size as C++; sizes are not negative, so that / rounds down."""
-    text = x.python().replace("//", "/") if isinstance(x, Dim) else str(x)
+    if not isinstance(x, Dim):
+        return str(x)
+    text = re.sub(r"[^\W\d]\w*", lambda m: _size_name(m[0]), x.python().replace("//", "/"))
     return text[1:-1] if text[1:-1].isidentifier() else text
+
+
+def _size_name(name: str) -> str:
+    """The parameter of a symbolic size, which may have any name."""
+    if name.isascii() and name not in RESERVED and not name.startswith("size_of_"):
+        return name
+    return f"size_of_{name if name.isascii() else name.encode().hex()}"
 
 
 def comment(text: str) -> str:
