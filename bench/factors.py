@@ -7,13 +7,11 @@ loop over terms. Nothing is timed on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 from unittest import mock
 
 import torch
-from tabulate import tabulate
 
 import fxfunc
 from fxfunc.codegen import offline, products, written
@@ -22,8 +20,9 @@ from fxfunc.codegen.launch import Binary
 from fxfunc.codegen.loops import Kernel
 from fxfunc.passes.pipeline import lowered
 
-from . import cycles, records
+from . import cycles
 from .run import ROOT
+from .tables import evidence
 
 TABLE = ROOT / "bench" / "results" / "factors.md"
 SHAPES = ((4096, 4096, 4096), (4096, 4096, 512), (8192, 1024, 1024), (512, 4096, 512))
@@ -85,20 +84,17 @@ def _step(b: Binary) -> int | str:
 
 def main() -> int:
     """Compile, print, and keep the table if asked."""
-    parser = argparse.ArgumentParser(prog="python -m fxfunc.bench.factors", description=__doc__)
-    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
-    update = parser.parse_args().update
+    return evidence(f"fxfunc.bench.{TABLE.stem}", __doc__, TABLE, EXPLAINED, _rows)
+
+
+def _rows() -> list[dict[str, object]]:
     rows = []
     for shape in SHAPES:
         for dtype in DTYPES:
             k, why = kernel_of(*shape, dtype)
             head = {"product": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "whose": why or "a kernel"}
             rows += [head | row for row in measure(k)]
-    text = f"# Factors\n\n{EXPLAINED}\n\n{tabulate(rows, headers='keys', tablefmt='github')}\n"
-    print(text)
-    if update:
-        records.write_text(TABLE, text)
-    return 0
+    return rows
 
 
 if __name__ == "__main__":

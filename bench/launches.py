@@ -6,22 +6,20 @@ Python, allocation and packing parameters, in microseconds a kernel. Nothing is 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import ctypes.util
 import statistics
 from collections.abc import Callable
 
 import torch
-from tabulate import tabulate
 
 import fxfunc
 from fxfunc.codegen import eager, launch
 from fxfunc.codegen.replay import Replay
 
-from . import records
 from .overhead import least_us
 from .run import ROOT
+from .tables import evidence
 
 TABLE = ROOT / "bench" / "results" / "launches.md"
 KERNELS = (1, 4, 16, 64)
@@ -90,15 +88,11 @@ def measure(count: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure, print, and keep the table if asked."""
-    parser = argparse.ArgumentParser(prog="python -m fxfunc.bench.launches", description=__doc__)
-    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
-    update = parser.parse_args().update
-    rows = [{"kernels": n, **{name: f"{us:.2f}" for name, us in measure(n).items()}} for n in KERNELS]
-    text = f"# Launches\n\n{EXPLAINED}\n\n{tabulate(rows, headers='keys', tablefmt='github')}\n"
-    print(text)
-    if update:
-        records.write_text(TABLE, text)
-    return 0
+    return evidence(f"fxfunc.bench.{TABLE.stem}", __doc__, TABLE, EXPLAINED, _rows)
+
+
+def _rows() -> list[dict[str, object]]:
+    return [{"kernels": n, **{name: f"{us:.2f}" for name, us in measure(n).items()}} for n in KERNELS]
 
 
 if __name__ == "__main__":

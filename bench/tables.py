@@ -6,6 +6,7 @@ workload of a single cell) are `-`; `notes` says why of each.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
@@ -458,3 +459,17 @@ def _unit(value: float | None, unit: str) -> str:
 
 def _column(results: Results, name: str) -> list[Cell | None]:
     return [cell_of(entry, name) for _, entry in workloads(results)]
+
+
+def evidence(
+    prog: str, doc: str, path: Path, explained: str, rows: Callable[[], list[dict[str, object]]]
+) -> int:
+    """A whole command: make a table, print it under the title of its file, and keep it there if asked."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc)
+    parser.add_argument("--update", action="store_true", help=f"write {path.name}")
+    update = parser.parse_args().update
+    text = f"# {path.stem.title()}\n\n{explained}\n\n{tabulate(rows(), headers='keys', tablefmt='github')}\n"
+    print(text)
+    if update:
+        records.write_text(path, text)
+    return 0

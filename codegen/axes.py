@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fxfunc.passes.dims import Size
+from fxfunc.passes.dims import Size, numel
 
 from .loops import Dot, Iota, Kernel, Load, Store
 
@@ -24,6 +24,13 @@ class Axes:
     batch: tuple[int, ...]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+
+    def sizes(self, k: Kernel) -> tuple[Size, Size, Size]:
+        """How many items, rows and columns its kernel has."""
+        batch, rows, columns = (
+            numel(k.grid[i] for i in part) for part in (self.batch, self.rows, self.columns)
+        )
+        return batch, rows, columns
 
 
 def axes(k: Kernel) -> Axes:

@@ -459,9 +459,7 @@ def _cast(old: torch.dtype, new: torch.dtype) -> str:
 
 def _size(x: Size) -> str:
     """A size as C++; sizes are not negative, so that / rounds down."""
-    if not isinstance(x, Dim):
-        return str(x)
-    text = re.sub(r"[^\W\d]\w*", lambda m: _size_name(m[0]), x.python().replace("//", "/"))
+    text = x.python(_size_name).replace("//", "/") if isinstance(x, Dim) else str(x)
     return text[1:-1] if text[1:-1].isidentifier() else text
 
 

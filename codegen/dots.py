@@ -43,9 +43,8 @@ class _Emitter(Instructions):
         self.along = reads_along(k)
         self.taken = {*RESERVED, *HELPERS, *map(size_name, k.sizes)}
         self.args = [self._local(a.name or f"arg{i}") for i, a in enumerate(k.args)]
-        self.place: dict[
-            int, tuple[str, str]
-        ] = {}  # of each grid axis: its dim, "" for the batch, and its coordinate
+        # Of each axis of the grid, and -1 less the number of one of the tile: its dim, and the name of its coordinate.
+        self.place: dict[int, tuple[str, str]] = {}
         self.known: dict[tuple[str, str], dict[int, str]] = {c: {} for c in (LEFT, RIGHT, RESULT)}
         self.context = RESULT
         self.values = [""] * len(k.body)
@@ -90,7 +89,7 @@ class _Emitter(Instructions):
     def _where(self) -> None:
         """Which block a program computes: groups of rows first, then columns, then the batch."""
         a, b, grid = self.axes, self.b, self.k.grid
-        batch, rows, columns = (numel(grid[i] for i in part) for part in (a.batch, a.rows, a.columns))
+        batch, rows, columns = a.sizes(self.k)
         wide = ".to(tl.int64)" if is_wide(self.k) else ""
         across = size_text((columns + (b.columns - 1)) // b.columns)
         down = size_text((rows + (b.rows - 1)) // b.rows)
@@ -127,14 +126,12 @@ class _Emitter(Instructions):
 
     def _is_exact(self, dim: str) -> bool:
         """True if blocks of a dim have no padding."""
-        block = {"row": self.b.rows, "col": self.b.columns, "term": self.b.terms}[dim]
         n = self._size_of(dim)
-        return not isinstance(n, Dim) and n % block == 0
+        return not isinstance(n, Dim) and n % self._block(dim) == 0
 
     def _size_of(self, dim: str) -> Size:
-        if dim == "term":
-            return numel(self.terms)
-        return numel(self.k.grid[i] for i in (self.axes.rows if dim == "row" else self.axes.columns))
+        _, rows, columns = self.axes.sizes(self.k)
+        return {"row": rows, "col": columns, "term": numel(self.terms)}[dim]
 
     def _spread(self, name: str, dim: str) -> str:
         """A vector along its dim of the block."""
@@ -170,7 +167,7 @@ class _Emitter(Instructions):
         if described:
             return described
         self._need(i)
-        text, shape = self._text(i), [self._block(d) for d in self.context]
+        text, shape = self.known[self.context][i], [self._block(d) for d in self.context]
         other = next(d for d in self.context if d != "term")
         numbers = self.axes.rows if other == "row" else self.axes.columns
         if -1 not in self.along[i] or not self.along[i].intersection(numbers):
@@ -234,9 +231,6 @@ class _Emitter(Instructions):
             known[i] = self._local(x.name or f"v{i}")
         self.values = [known.get(j, "") for j in range(len(self.k.body))]
         self._instr(i)
-
-    def _text(self, i: int) -> str:
-        return self.known[self.context][i]
 
     def _mask(self, dims: Sequence[str]) -> list[str]:
         return [self._spread(f"{d}_in", d) for d in dict.fromkeys(dims) if not self._is_exact(d)]

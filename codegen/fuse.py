@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxfunc.passes import errors
 from fxfunc.passes.dims import Size, estimate, numel
-from fxfunc.passes.graph import Graph, Op, Val, getitem, subgraphs, substitute
+from fxfunc.passes.graph import Graph, Op, Val, copied, getitem, subgraphs
 from fxfunc.passes.infer import OWN
 from fxfunc.passes.record import Builder, Value
 
@@ -289,9 +289,7 @@ class _Fused:
         return self.env[node] if node in self.env else self._copy(node)
 
     def _copy(self, node: Node) -> Node:
-        args = substitute(node.args, self._get)
-        kwargs = {k: substitute(v, self._get) for k, v in node.kwargs.items()}
-        new = self.env[node] = self._create(node.op, node.target, args, kwargs, node.name, dict(node.meta))
+        new = self.env[node] = copied(self.fx, node, self._get)
         return new
 
     def _create(self, kind: str, target, args: tuple, kwargs: dict, name: str, meta: dict) -> Node:

@@ -27,12 +27,12 @@ from fxfunc.passes.graph import (
     Val,
     barrier,
     constant,
+    copied,
     extract,
     getitem,
     is_random,
     map_,
     scan,
-    substitute,
 )
 from fxfunc.passes.merge import merge_maps
 from fxfunc.passes.orient import orient
@@ -355,10 +355,7 @@ class _Partition:
         return self.env[n] if n in self.env else self._copy(n)
 
     def _copy(self, n: Node) -> Node:
-        args = substitute(n.args, self._get)
-        kwargs = {k: substitute(v, self._get) for k, v in n.kwargs.items()}
-        new = self.env[n] = self.fx.create_node(n.op, n.target, args, kwargs, n.name)
-        new.meta.update(n.meta)
+        new = self.env[n] = copied(self.fx, n, self._get)
         return new
 
 

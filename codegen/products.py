@@ -39,8 +39,7 @@ class Blocks:
 
 def blocks(k: Kernel, capability: int, precision: str) -> Blocks:
     """The blocks of a product for a compute capability."""
-    a = axes(k)
-    batch, rows, columns = (estimate(numel(k.grid[i] for i in part)) for part in (a.batch, a.rows, a.columns))
+    batch, rows, columns = map(estimate, axes(k).sizes(k))
     terms = estimate(numel(terms_of(k)))
     dots = [x for x in k.body if isinstance(x, Dot)]
     half = all(k.types[d.x][1].itemsize == 2 for d in dots)
@@ -72,8 +71,7 @@ def programs(k: AnyKernel, block: tuple[int, ...]) -> Size:
         return sum((programs(p, (n,)) for p, n in zip(k.parts, block, strict=True)), 0)
     if not is_product(k):
         return (numel(k.grid) + (block[0] - 1)) // block[0]
-    a = axes(k)
-    batch, rows, columns = (numel(k.grid[i] for i in part) for part in (a.batch, a.rows, a.columns))
+    batch, rows, columns = axes(k).sizes(k)
     return batch * ((rows + (block[0] - 1)) // block[0]) * ((columns + (block[1] - 1)) // block[1])
 
 

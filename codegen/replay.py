@@ -254,10 +254,8 @@ class _Plan:
                      if x is not None and moved.find(x.data_ptr()) is None]  # fmt: skip
         self.nodes: list[_Node] = []
         writers: dict[int, ctypes.c_void_p] = {}
-        self.graph, self.exec = (
-            ctypes.c_void_p(),
-            ctypes.c_void_p(),
-        )  # its nodes are named by the graph as long as it lives
+        # The graph is kept: its nodes, by which parameters are set, go with it.
+        self.graph, self.exec = ctypes.c_void_p(), ctypes.c_void_p()
         functions = [step.launcher.function(device, tensors[0]) for step in log]
         driver.call("cuGraphCreate", ctypes.byref(self.graph), 0)
         for step, function in zip(log, functions, strict=True):

@@ -12,13 +12,15 @@ import torch.fx
 from torch.fx import Node
 
 from fxfunc.passes.dims import Size, estimate, numel
-from fxfunc.passes.graph import Graph, getitem, substitute
+from fxfunc.passes.graph import Graph, copied, getitem, vals_of
 
+from .axes import is_product
 from .explain import row
 from .index import NotFusable
-from .loops import Dot, Kernel, kernel, value_names
+from .loops import Kernel, kernel, value_names
 from .lower import MAX_ARGS, is_free, is_fusable, lower
 from .mapped import Together
+from .products import programs
 from .triton import HELPERS, module, part_lines, schedule, size_name, size_text, tile_of
 
 MOST_PARTS = 16
@@ -85,11 +87,7 @@ class _Joined:
         node = self.fx.create_node(
             "call_function", kernel, (k, *(self._get(x) for *_, xs in pending for x in xs)), {}, name
         )
-        vals = [
-            v
-            for n in nodes
-            for v in (n.meta["val"] if isinstance(n.meta["val"], tuple) else (n.meta["val"],))
-        ]
+        vals = [v for n in nodes for v in vals_of(n)]
         node.meta.update(val=tuple(vals), source=nodes[-1].meta.get("source"),
                          origin=f"together({', '.join(n.name for n in nodes)})",
                          members=tuple(r for n in nodes for r in n.meta.get("members") or (row(n),)))  # fmt: skip
@@ -109,9 +107,7 @@ class _Joined:
 
     def _get(self, n: Node) -> Node:
         if n not in self.env:
-            args, kwargs = (substitute(x, self._get) for x in (n.args, dict(n.kwargs)))
-            self.env[n] = self.fx.create_node(n.op, n.target, args, kwargs, n.name)
-            self.env[n].meta.update(n.meta)
+            self.env[n] = copied(self.fx, n, self._get)
         return self.env[n]
 
 
@@ -119,7 +115,7 @@ def _part(n: Node) -> tuple[Kernel, tuple[Node, ...]] | None:
     """A call as a small kernel, with its operands; None if it is none."""
     if n.target is kernel:
         k = n.args[0]
-        fits = isinstance(k, Kernel) and not any(isinstance(x, Dot) for x in k.body)
+        fits = isinstance(k, Kernel) and not is_product(k)
         return (k, n.args[1:]) if fits and _is_small(k) else None
     if not is_fusable(n):
         return None
@@ -149,7 +145,7 @@ def together_source(k: Together) -> str:
         made = iter(names[inputs + outputs :])
         args = [next(made if a.output else given) for a in p.args]
         start, outputs = start + len(p.inputs), outputs + len(p.outputs)
-        end = first + (numel(p.grid) + (schedule(p).rows - 1)) // schedule(p).rows
+        end = first + programs(p, (schedule(p).rows,))
         word = "if" if i == 0 else "elif"
         lines.append(f"    {word} pid < {size_text(end)}:" if i + 1 < len(k.parts) else "    else:")
         offset = "pid" if first == 0 else f"pid - {size_text(first)}"

@@ -416,7 +416,7 @@ class _Emitter(Instructions):
 
 def size_text(x: Size) -> str:
     """A size as source text."""
-    text = re.sub(r"[^\W\d]\w*", lambda m: size_name(m[0]), x.python()) if isinstance(x, Dim) else str(x)
+    text = x.python(size_name) if isinstance(x, Dim) else str(x)
     return text[1:-1] if text[1:-1].isidentifier() else text
 
 

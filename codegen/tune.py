@@ -45,10 +45,7 @@ def tuned(
     if chosen is None:
         try:
             chosen = _fastest(k, target, precision, choices, measure or seconds)
-        except (
-            errors.DynamicShape,
-            torch.OutOfMemoryError,
-        ) as e:  # at the size that stands for symbolic ones
+        except (errors.DynamicShape, torch.OutOfMemoryError) as e:  # at the size that stands for all
             log.warning("%s is not tuned: %s", k.name, e)
             chosen = 0
         _keep(path, chosen)

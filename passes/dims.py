@@ -6,6 +6,8 @@ sizes 0 and 1 then run the same program. A question that cannot be decided raise
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import errors
@@ -94,12 +96,13 @@ class Dim:
         """The value for given sizes."""
         return sum(c * _product(_atom_at(a, sizes) for a in m) for m, c in self.terms)
 
-    def python(self) -> str:
-        """The expression as Python source over its names."""
+    def python(self, rename: Callable[[str], str] = str) -> str:
+        """The expression as Python source over its names, or what they are renamed to."""
         return (
             "("
             + " + ".join(
-                "*".join([str(c)] * (c != 1 or not m) + [_atom_python(a) for a in m]) for m, c in self.terms
+                "*".join([str(c)] * (c != 1 or not m) + [_atom_python(a, rename) for a in m])
+                for m, c in self.terms
             )
             + ")"
         )
@@ -133,8 +136,8 @@ def _atom_at(atom, sizes):
     return inner.at(sizes) // d if op == "//" else inner.at(sizes) % d
 
 
-def _atom_python(atom) -> str:
-    return atom if isinstance(atom, str) else f"({atom[1].python()} {atom[0]} {atom[2]})"
+def _atom_python(atom, rename: Callable[[str], str]) -> str:
+    return rename(atom) if isinstance(atom, str) else f"({atom[1].python(rename)} {atom[0]} {atom[2]})"
 
 
 def numel(shape) -> Size:

@@ -282,6 +282,14 @@ def root(n: Node) -> object:
     return n
 
 
+def copied(fx: torch.fx.Graph, n: Node, get) -> Node:
+    """A call in another graph, with what `get` gives for the nodes that it reads."""
+    kwargs = {k: substitute(v, get) for k, v in n.kwargs.items()}
+    new = fx.create_node(n.op, n.target, substitute(n.args, get), kwargs, n.name)
+    new.meta.update(n.meta)
+    return new
+
+
 def cone(outputs, bound) -> list[Node]:
     """The calls between the bound nodes and the outputs, in order."""
     seen: set[Node] = set()

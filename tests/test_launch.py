@@ -122,26 +122,25 @@ def test_scratch_is_allocated_for_every_program():
     assert params[4] != 0 and params[5] == 0
 
 
-def test_a_map_gets_memory_between_its_outputs_and_its_sizes():
+def parameters_of_a_map(workspace: int) -> list[int]:
+    """What the kernel of a map that takes so much memory a program is launched with."""
     lib, seen = RecordingDriver(), []
-    b = binary(workspace=256, types=("*fp32", "*fp16", "*fp32", "*u8", "i64"))
+    b = binary(workspace=workspace, types=("*fp32", "*fp16", "*fp32", "*u8", "i64"))
     lib.record = lambda function, *rest: seen.extend(
         ctypes.cast(p, ctypes.POINTER(t)).contents.value
         for p, t in zip(rest[-2], (U64,) * 4 + (I64, U64, U64), strict=True)
     )
     launch.Launcher(b, launch.Driver(lib)).start(operands(), {"T": 10}, 0, 0)
+    return seen
+
+
+def test_a_map_gets_memory_between_its_outputs_and_its_sizes():
+    seen = parameters_of_a_map(256)
     assert seen[3] not in (0, *seen[:3]) and seen[4:] == [10, 0, 0]
 
 
 def test_a_map_that_takes_no_memory_gets_a_null_pointer_for_it():
-    lib, seen = RecordingDriver(), []
-    b = binary(workspace=0, types=("*fp32", "*fp16", "*fp32", "*u8", "i64"))
-    lib.record = lambda function, *rest: seen.extend(
-        ctypes.cast(p, ctypes.POINTER(t)).contents.value
-        for p, t in zip(rest[-2], (U64,) * 4 + (I64, U64, U64), strict=True)
-    )
-    launch.Launcher(b, launch.Driver(lib)).start(operands(), {"T": 10}, 0, 0)
-    assert seen[3:] == [0, 10, 0, 0]
+    assert parameters_of_a_map(0)[3:] == [0, 10, 0, 0]
 
 
 def test_no_rows_no_launch():
