@@ -36,7 +36,7 @@ _ROWS: tuple[tuple[object, str], ...] = (
         _softmax _log_softmax native_layer_norm native_group_norm convolution embedding
     """),
     (torch._C._nn, """
-        avg_pool2d col2im im2col elu gelu hardtanh leaky_relu max_pool2d_with_indices mse_loss silu softplus
+        avg_pool2d col2im im2col elu gelu hardtanh leaky_relu max_pool2d_with_indices silu softplus
     """),
     (torch.Tensor, "expand view repeat"),
 )  # fmt: skip

@@ -180,13 +180,21 @@ def _backward(
     g, c, y, v = _geometry(w, stride, padding, dilation, groups), _plane(ct), _plane(x), _plane(w)
     parts: list[Value | None] = [None, None, None]
     if mask[0]:
-        parts[0] = correlated(c, v, g) if transposed else to_input(c, v, list(y.shape[2:]), g)
+        size = list(y.shape[2:])
+        parts[0] = _cut(correlated(c, v, g), size) if transposed else to_input(c, v, size, g)
         parts[0] = parts[0].reshape(list(x.shape))
     if mask[1]:
         parts[1] = (to_weights(y, c, g) if transposed else to_weights(c, y, g)).reshape(list(w.shape))
     if mask[2]:
         parts[2] = ct.sum([0, *range(2, ct.ndim)])
     return tuple(parts)
+
+
+def _cut(x: Value, size: Sequence[int]) -> Value:
+    """Planes without what is beyond this size: output padding of a stride or more is met by windows that no input made."""
+    for dim, n in enumerate(size, 2):
+        x = x if x.shape[dim] == n else x.call(aten.slice.Tensor, dim, 0, n)
+    return x
 
 
 WAYS = {aten.convolution.default: _convolution, aten.convolution_backward.default: _backward}

@@ -187,7 +187,7 @@ class _Emitter(Instructions):
 
     def _descriptor(self, i: int, context: tuple[str, str]) -> str:
         load, numbers = self.k.body[i], self.axes.rows if context is LEFT else self.axes.columns
-        if not isinstance(load, Load) or load.mask is not None or len(numbers) != 1 or len(self.terms) != 1:
+        if not isinstance(load, Load) or load.inputs or len(numbers) != 1 or len(self.terms) != 1:
             return ""
         steps = {
             "term": load.index.tile[0] if load.index.tile else 0,
@@ -238,9 +238,10 @@ class _Emitter(Instructions):
     def _load(self, i: int, x: Load) -> str:
         offset, dims = self._offset(x.index)
         masks = self._mask(dims)
-        if x.mask is not None:
-            masks.append(self.values[x.mask])
-            offset = " + ".join(filter(None, [offset, *(f"{self._spread(d, d)} * 0" for d in self.context)]))
+        if x.inputs:
+            masks = [*self._mask(self.context), *([] if x.mask is None else [self.values[x.mask]])]
+            spread = (f"{self._spread(d, d)} * 0" for d in self.context)
+            offset = " + ".join(filter(None, [offset, *self._picked(x, masks), *spread]))
         pointer = self.args[x.arg] + (f" + {offset}" if offset else "")
         return f"tl.load({pointer}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({pointer})"
 

@@ -66,9 +66,15 @@ class _Evaluator:
 
     def _load(self, instr: Load) -> Tensor:
         address, flat = self._address(instr.index, instr.shape), self.args[instr.arg]
+        mask = torch.tensor(True) if instr.mask is None else self.values[instr.mask]
+        for p in (p.at(self.sizes) for p in instr.picks):
+            value = self.values[p.value]
+            if bool((((value < 0) | (value >= p.size)) & mask).any()):
+                raise IndexError(f"an index is out of range of {p.size}")
+            address = address + value * p.stride
         if instr.mask is None:
             return flat[address]
-        address, mask = torch.broadcast_tensors(address, self.values[instr.mask])
+        address, mask = torch.broadcast_tensors(address, mask)
         return torch.zeros(address.shape, dtype=flat.dtype).masked_scatter(mask, flat[address[mask]])
 
     def _const(self, instr: Const) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fxfunc.passes.decompose import taken_apart, tensors_in
-from fxfunc.passes.dims import numel
+from fxfunc.passes.dims import Dim, numel
 from fxfunc.passes.graph import Graph, Op, Val, map_, scan
 from fxfunc.passes.record import Builder, Value, vals
 
@@ -16,6 +16,7 @@ from . import conv, norms, pool
 from .index import VIEWS
 from .lower import CONSTANTS, is_free, is_fusable, opmath
 from .moves import MOVES
+from .reads import READS
 from .rows import POINTWISE, PRODUCTS, REDUCING
 
 aten = torch.ops.aten
@@ -24,13 +25,15 @@ aten = torch.ops.aten
 LARGE_CONVOLUTION = 2**20  # multiplications from which a convolution outside of loops is ATen's
 
 
-def expand(graph: Graph, inside: bool = False) -> Graph:
-    """The graph with such calls taken apart; `inside` of a loop in C++ also large convolutions."""
+def expand(graph: Graph, inside: bool = False, gpu: bool = False) -> Graph:
+    """The graph with such calls taken apart; `inside` of a C++ loop also large convolutions, for a `gpu` no windows nor moves."""
     b = Builder(None)
 
     def call(op: Op, args: tuple, kwargs: dict):
         if op in (map_, scan):
-            return b.emit(op, (expand(args[0], inside), *args[1:]), kwargs)
+            return b.emit(op, (expand(args[0], inside, gpu), *args[1:]), kwargs)
+        if gpu and (op in READS or op in conv.WAYS or op in pool.WAYS):
+            return b.emit(op, args, kwargs)
         if op in conv.WAYS:
             return conv.WAYS[op](*args) if _is_taken(op, vals(args), inside) else b.emit(op, args, kwargs)
         if op in pool.WAYS and pool.is_taken(args[0]):
@@ -82,10 +85,14 @@ def _var_mean(
     x: Value, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Value, Value]:
     dims, wide = list(dim or range(x.ndim)), x.to(opmath(x.dtype))
-    count = numel(x.shape[d] for d in dims)
+    count, less = numel(x.shape[d] for d in dims), 1 if correction is None else correction
     mean = wide.call(aten.mean.dim, dims, True)
     centred = wide - mean
-    var = (centred * centred).sum(dims, keepdim) / max(count - (1 if correction is None else correction), 0)
+    if isinstance(count, Dim):
+        divisor = (wide.full([], count - int(less)) - less % 1).call(aten.clamp.default, 0)
+    else:
+        divisor = max(count - less, 0)
+    var = (centred * centred).sum(dims, keepdim) / divisor
     return var.to(x.dtype), (mean if keepdim else mean.reshape(var.shape)).to(x.dtype)
 
 

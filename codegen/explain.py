@@ -13,7 +13,7 @@ from fxfunc.passes.graph import Graph, getitem, map_, scan
 from fxfunc.passes.printer import op_name
 
 from .loops import kernel
-from .lower import is_free, is_fusable
+from .lower import is_free, is_fusable, moves_values
 from .rows import PRODUCTS
 
 
@@ -40,8 +40,8 @@ def placed(n: Node, place: str) -> Iterable[Row]:
 
 def kind(n: Node) -> str:
     """Why no kernel takes such a call in."""
-    if n.target in PRODUCTS:
-        return "a product"
+    if n.target in PRODUCTS or moves_values(n):
+        return "a product" if n.target in PRODUCTS else "values are moved"
     return "a loop" if n.target in (getitem, map_, scan) else f"{op_name(n.target)} is no kernel"
 
 
@@ -62,7 +62,7 @@ def _why_aten(n: Node) -> str:
     """Why a call is in no kernel."""
     if said := n.meta.get("why"):
         return said
-    return "alone" if is_fusable(n) or n.target in PRODUCTS else kind(n)
+    return "alone" if is_fusable(n) or n.target in PRODUCTS or moves_values(n) else kind(n)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from fxfunc.passes.dims import Dim, Size
 
-from .loops import REDUCTIONS, Apply, Const, Dot, Instr, Number, Reduce, Store
+from .loops import REDUCTIONS, Apply, Const, Dot, Instr, Load, Number, Reduce, Store
 
 
 class Body:
@@ -60,6 +60,8 @@ def _renumber(instr: Instr, new: dict[int, int]) -> Instr:
             change[field] = new[getattr(instr, field)]
     if isinstance(instr, Apply):
         change["args"] = tuple(new[i] for i in instr.args)
+    if isinstance(instr, Load) and instr.picks:
+        change["picks"] = tuple(dataclasses.replace(p, value=new[p.value]) for p in instr.picks)
     return dataclasses.replace(instr, **change) if change else instr
 
 

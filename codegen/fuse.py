@@ -2,7 +2,7 @@
 
 A group is pointwise calls (views and constants are free) and reductions of one shape with what comes before and after them.
 It is legal if it lowers (`lower`) and if the graph of groups stays acyclic. Every call is computed in exactly one place.
-Groups of one call, matmuls, convolutions and everything else stay ATen nodes. What is decided depends on shapes alone.
+Groups of one call, convolutions and everything else stay ATen nodes. What is decided depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxfunc.passes.record import Builder, Value
 from .explain import Row, kind, row
 from .index import NotFusable
 from .loops import Kernel, kernel, neutral
-from .lower import base, chunked, is_free, is_fusable, lower, opmath, reduced_dims
+from .lower import base, chunked, is_free, is_fusable, lower, moves_values, opmath, reduced_dims
 from .rows import PRODUCTS, TWO_PHASE
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ OWN[kernel] = _kernel_vals
 def fuse(graph: Graph, alone: bool = False, takes: Callable[[Node], bool] = lambda n: False) -> Graph:
     """The same program with groups of pointwise and reducing calls as `kernel` nodes; equal kernels are one object.
 
-    A group of one call stays that call, unless `alone`. Products of matrices that it `takes` are in groups too."""
+    A group of one call stays that call, unless `alone`. Products of matrices and moves that it `takes` are in groups too."""
     graph = split_large(graph)
     return _Fused(_Groups(graph, alone, takes)).graph()
 
@@ -152,7 +152,7 @@ class _Groups:
         self.fusable = {
             n
             for n in self.real
-            if n.op == "call_function" and (is_fusable(n) or (n.target in PRODUCTS and takes(n)))
+            if n.op == "call_function" and (is_fusable(n) or (_may_be_taken(n) and takes(n)))
         }
         self.cuts: dict[tuple[Node, Node], str] = {}  # why a call is not in the kernel of one that it reads
         self.lowered: dict[Node, tuple[Kernel, tuple[Node, ...], list[Node]]] = {}
@@ -219,7 +219,7 @@ class _Groups:
     def _lower_rest(self, alone: bool) -> None:
         """Groups of one stay ATen, but for those that read a chunked view, or all are to be kernels."""
         for n in self.fusable:
-            if n.target in PRODUCTS:
+            if not is_fusable(n):
                 continue
             if len(self.group[n]) == 1 and (alone or any(x.target is chunked for x in n.all_input_nodes)):
                 self.lowered[n] = (*lower([n], [n], _name([n]), bare=alone), [n])
@@ -228,6 +228,10 @@ class _Groups:
         """What each group that became a kernel lowers to."""
         groups = dict.fromkeys(self.group.values())
         return {g: self.lowered[g[0]] for g in groups if len(g) > 1 or g[0] in self.lowered}
+
+
+def _may_be_taken(n: Node) -> bool:
+    return n.target in PRODUCTS or moves_values(n)
 
 
 def _deps(n: Node, order: dict[Node, int]) -> list[Node]:

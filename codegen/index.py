@@ -158,8 +158,8 @@ def reshape(space: Space, m: Map, shape: tuple[Size, ...], to: tuple[Size, ...])
 
 
 def _divmod(space: Space, x: Affine, n: Size) -> tuple[Affine, Affine]:
-    """x // n and x % n, term by term."""
-    if n == 1:
+    """x // n and x % n, term by term; of nothing, anything."""
+    if n == 1 or n == 0:
         return x, space.zero()
     quotients = [divide(c, n) if c != 0 else 0 for c in x.coefs]
     small = tuple(c if q is None else 0 for c, q in zip(x.coefs, quotients, strict=True))

@@ -6,6 +6,7 @@ torch computes those functions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -70,6 +71,14 @@ def _install() -> None:
             setattr(libdevice, name, _on_blocks(f))
     _accept_numpy_2_4()
     _multiply_bfloat16()
+    _heed_assertions()
+
+
+def _heed_assertions() -> None:
+    """The interpreter passes over them unless told to debug."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
 
 
 def _accept_numpy_2_4() -> None:

@@ -5,7 +5,8 @@
     arg    = Arg(shape, dtype, output)                         a dense tensor, row-major
     index  = Index(offset: size, grid: size*, tile: size*)     offset + grid . g + tile . t: an affine map of the logical
                                                                index space, so views of an argument cost nothing
-    instr  = Load(arg, index, shape, mask)                     arg[index] as a tile of this shape, 0 where not mask
+    instr  = Load(arg, index, shape, mask, picks)              arg[index] as a tile of this shape, 0 where not mask; a pick
+                                                               adds value * stride, the value in [0, size) or an error
            | Const(value: number | Dim, dtype)                 a tile of shape ()
            | Iota(index, shape)                                the index itself, int64
            | Apply(op, x*, dtype)                              elementwise, `ELEMENTWISE` by name; tiles broadcast
@@ -80,15 +81,29 @@ class Instr:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pick:
+    """A term of an address that is computed: an int64 `value` of [0, size), times a stride."""
+
+    value: int
+    stride: Size
+    size: Size
+
+    def at(self, sizes: dict[str, int]) -> Pick:
+        """The term for given sizes."""
+        return Pick(self.value, at(self.stride, sizes), at(self.size, sizes))
+
+
+@dataclasses.dataclass(frozen=True)
 class Load(Instr):
     arg: int
     index: Index
     shape: tuple[Size, ...] = ()
     mask: int | None = None
+    picks: tuple[Pick, ...] = ()
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        return () if self.mask is None else (self.mask,)
+        return (*(() if self.mask is None else (self.mask,)), *(p.value for p in self.picks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +199,11 @@ class Kernel:
         return tuple(a for a in self.args if not a.output)
 
     @cached_property
+    def checks(self) -> bool:
+        """True if it can stop at an index that is out of range."""
+        return any(isinstance(x, Load) and x.picks for x in self.body)
+
+    @cached_property
     def rank(self) -> int:
         """The largest tile rank."""
         return max(
@@ -201,6 +221,8 @@ class Kernel:
             found += [*shape, instr.value] if isinstance(instr, Const) else shape
             if isinstance(instr, (Load, Iota, Store)):
                 found += [instr.index.offset, *instr.index.grid, *instr.index.tile]
+            if isinstance(instr, Load):
+                found += [s for p in instr.picks for s in (p.stride, p.size)]
         return found
 
     def __str__(self) -> str:
@@ -332,7 +354,8 @@ def _line(k: Kernel, i: int, instr: Instr, names: list[str]) -> str:
         return f"{names[instr.arg]}[{_affine(instr.index)}] = {value[instr.x]}"
     match instr:
         case Load():
-            what = f"{names[instr.arg]}[{_affine(instr.index)}]" + (
+            picks = "".join(f" + {p.stride}*{value[p.value]}" for p in instr.picks)
+            what = f"{names[instr.arg]}[{_affine(instr.index)}{picks}]" + (
                 f" if {value[instr.mask]}" if instr.mask is not None else ""
             )
         case Const():
@@ -409,13 +432,19 @@ def _verify_access(k: Kernel, i: int, instr: Load | Store | Iota) -> None:
         _fail(k, i, f"{_list(k.types[instr.x][0])} does not broadcast to {_list(shape)}")
     if isinstance(instr, Store) and numel(k.grid) * numel(shape) != numel(arg.shape):
         _fail(k, i, f"does not cover {_list(arg.shape)}")
-    if getattr(instr, "mask", None) is None and _leaves(instr.index, (*k.grid, *shape), numel(arg.shape)):
+    picks = getattr(instr, "picks", ())
+    if any(k.types[p.value][1] is not torch.int64 for p in picks):
+        _fail(k, i, "picks by a value that is not int64")
+    if getattr(instr, "mask", None) is None and _leaves(
+        instr.index, (*k.grid, *shape), numel(arg.shape), picks
+    ):
         _fail(k, i, f"reaches outside of {numel(arg.shape)} elements")
 
 
-def _leaves(index: Index, sizes: tuple[Size, ...], limit: Size) -> bool:
+def _leaves(index: Index, sizes: tuple[Size, ...], limit: Size, picks: Sequence[Pick] = ()) -> bool:
     """True if an access over axes of these sizes surely reaches outside of `limit` elements."""
-    strides = (*index.grid, *index.tile)
+    strides = (*index.grid, *index.tile, *(p.stride for p in picks))
+    sizes = (*sizes, *(p.size for p in picks))
     if any(isinstance(x, Dim) for x in (index.offset, limit, *strides, *sizes)) or 0 in sizes:
         return False
     reach = [s * (n - 1) for s, n in zip(strides, sizes, strict=True)]
@@ -433,7 +462,10 @@ def verify_sizes(k: Kernel, sizes: dict[str, int]) -> None:
     wrong = any(s < 0 for shape in shapes for s in shape)
     for instr in k.body:
         if isinstance(instr, Load) and instr.mask is None:
-            wrong |= _leaves(instr.index.at(sizes), grid + static(instr.shape), numel(shapes[instr.arg]))
+            picks = [p.at(sizes) for p in instr.picks]
+            wrong |= _leaves(
+                instr.index.at(sizes), grid + static(instr.shape), numel(shapes[instr.arg]), picks
+            )
         if isinstance(instr, Reduce) and instr.op in ("amax", "amin"):
             wrong |= 0 in static(instr.shape)
     if wrong:

@@ -1,14 +1,16 @@
 """A group of graph nodes -> one loop-IR kernel. Entry points: `lower` (raises `NotFusable`), `is_fusable`, `base`.
 
-From each output the index map is followed backward: a view changes the map, an elementwise op passes it on, a value from
-outside of the group is loaded through it. Views and constants are free, so no node of the group stands for them.
+From each output the index map is followed backward: a view changes the map, an elementwise op passes it on, a call that moves
+values chooses between maps or computes one (reads.py), a value from outside of the group is loaded through it. Views and
+constants are free, so no node of the group stands for them.
 Each member is computed once: at one map, in one kernel (what is compared with something derived from it keeps its bits).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.fx import Node
@@ -31,7 +33,8 @@ from .index import (
     push,
     reshaped,
 )
-from .loops import Arg, Dot, Index, Instr, Iota, Kernel, Load, Reduce, Store, broadcast, verify
+from .loops import Arg, Dot, Index, Instr, Iota, Kernel, Load, Pick, Reduce, Store, broadcast, verify
+from .reads import READS
 from .rows import EXPENSIVE, POINTWISE, PRODUCTS, REDUCING, Row
 
 aten = torch.ops.aten
@@ -61,6 +64,13 @@ def is_fusable(node: Node) -> bool:
     vals = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
     return (row is not None and all(isinstance(v, Val) and v.dtype in DTYPES for v in vals) and len({v.device for v in vals}) == 1
             and (node.target in POINTWISE or reduced_dims(node) != ()))  # fmt: skip
+
+
+def moves_values(node: Node) -> bool:
+    """True for a call that only moves values, on dtypes and devices that a kernel takes."""
+    vals = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
+    return (node.target in READS and all(isinstance(v, Val) and v.dtype in DTYPES for v in vals)
+            and len({v.device for v in vals}) == 1)  # fmt: skip
 
 
 def is_free(node: Node) -> bool:
@@ -237,6 +247,9 @@ class _Lowering:
             raise NotFusable(f"{node} would be computed twice")
         if node.target in PRODUCTS:
             return self._product(node, m, guard)
+        if node.target in READS:
+            with self._named(node) as done:
+                return done(READS[node.target](self, node, m, guard, *node.args, **node.kwargs))
         row = POINTWISE.get(node.target) or REDUCING[node.target]
         compute = self._compute_dtype(row, node)
         args = (
@@ -244,13 +257,23 @@ class _Lowering:
             if node.target in REDUCING
             else self._operands(node, m, guard, row, compute)
         )
-        self.body.source, before = node.meta.get("source") or "", len(self.body.instrs)
-        kwargs = {} if node.target in REDUCING else node.kwargs
-        out = row.f(*args, **kwargs).cast(node.meta["val"].dtype)
+        kwargs, before = {} if node.target in REDUCING else node.kwargs, len(self.body.instrs)
+        with self._named(node) as done:
+            out = done(row.f(*args, **kwargs).cast(node.meta["val"].dtype))
         self._refuse_repeated(node, m, self.body.instrs[before:])
-        self.body.source = ""
-        self.body.name(out, node.name)
         return out
+
+    @contextlib.contextmanager
+    def _named(self, node: Node) -> Iterator[Callable[[Expr], Expr]]:
+        """What is emitted has the node's line; the function given names its result."""
+
+        def done(x: Expr) -> Expr:
+            self.body.name(x, node.name)
+            return x
+
+        outer, self.body.source = self.body.source, node.meta.get("source") or ""
+        yield done
+        self.body.source = outer
 
     def _product(self, node: Node, m: Map, guard: Expr | None) -> Expr:
         """An element of a product of matrices; with one row or column, or one term, it needs no `Dot`."""
@@ -260,20 +283,17 @@ class _Lowering:
         if guard is not None or any(a.uses(self.tile) for a in m) or n != numel(self.tile_sizes):
             raise NotFusable("a product of other sizes")
         a, b = self.value(x, (*batch, row, terms)), self.value(y, (*batch, terms, column))
-        self.body.source = node.meta.get("source") or ""
         dtype = node.meta["val"].dtype
         wide = opmath(dtype)
-        if n == 1:
-            out = a.cast(wide) * b.cast(wide)
-        elif 1 in node.meta["val"].shape[-2:]:
-            out = (a.cast(wide) * b.cast(wide)).reduce("sum")
-        else:
-            turned = any(c != 0 and self.root[-2].coefs[i] != 0 for i, c in enumerate(row.coefs))
-            out = b.dot(a, wide) if turned else a.dot(b, wide)  # rows are those of the root
-        out = out.cast(dtype)
-        self.body.source = ""
-        self.body.name(out, node.name)
-        return out
+        with self._named(node) as done:
+            if n == 1:
+                out = a.cast(wide) * b.cast(wide)
+            elif 1 in node.meta["val"].shape[-2:]:
+                out = (a.cast(wide) * b.cast(wide)).reduce("sum")
+            else:
+                turned = any(c != 0 and self.root[-2].coefs[i] != 0 for i, c in enumerate(row.coefs))
+                out = b.dot(a, wide) if turned else a.dot(b, wide)  # rows are those of the root
+            return done(out.cast(dtype))
 
     def _compute_dtype(self, row: Row, node: Node) -> torch.dtype | None:
         dtype = node.meta["val"].dtype
@@ -330,21 +350,41 @@ class _Lowering:
 
     # -- accesses --
 
-    def _load(self, node: Node, m: Map, guard: Expr | None, shape: tuple[Size, ...] | None = None) -> Expr:
+    def picked(self, node: Node, places: Sequence[Affine | Expr], guard: Expr | None) -> Expr:
+        """The element of a value at places, some of which are computed."""
+        source, shape = reshaped(node), node.meta["val"].shape
+        if source in self.members or (source.op == "call_function" and is_free(source)):
+            raise NotFusable(f"{node} is indexed, which the kernel computes or views")
+        m = tuple(self.space.zero() if isinstance(a, Expr) else a for a in places)
+        picks = tuple(
+            Pick(a.i, numel(shape[d + 1 :]), shape[d]) for d, a in enumerate(places) if isinstance(a, Expr)
+        )
+        return self._load(source, m, guard, shape, picks)
+
+    def _load(
+        self,
+        node: Node,
+        m: Map,
+        guard: Expr | None,
+        shape: tuple[Size, ...] | None = None,
+        picks: tuple[Pick, ...] = (),
+    ) -> Expr:
         """The element that a map of the node reads, or of the node in another shape."""
         arg = self.operands.setdefault(node, len(self.operands))
         val = node.meta["val"]
         if val.dtype not in DTYPES:
             raise NotFusable(f"{node} is {val.dtype}")
         index, shape = self.index(self.space.flat(m, val.shape if shape is None else shape))
-        if guard is not None:
-            shape = broadcast([shape, self._shape(guard.i)])
-        out = self.body.emit(Load(arg, index, shape, guard.i if guard else None), val.dtype)
+        others = [*([] if guard is None else [guard.i]), *(p.value for p in picks)]
+        shape = broadcast([shape, *map(self._shape, others)])
+        out = self.body.emit(Load(arg, index, shape, guard.i if guard else None, picks), val.dtype)
         self.body.name(out, node.name)
         return out
 
     def _shape(self, i: int) -> tuple[Size, ...]:
         instr = self.body.instrs[i]
+        if isinstance(instr, (Reduce, Dot)):
+            return (1,) * len(instr.shape)
         return (
             instr.shape
             if isinstance(instr, (Load, Iota))

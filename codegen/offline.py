@@ -16,15 +16,17 @@ from torch.fx import Node
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw
 from fxfunc.passes.graph import Graph, Op, map_, subgraphs
-from fxfunc.passes.pipeline import lowered
+from fxfunc.passes.pipeline import inside, lowered, simplify
 from fxfunc.passes.record import Builder
 
-from . import products, tiles
+from . import products, reads, tiles
 from .cubin import resources
+from .expand import expand
 from .fuse import fuse, kernel_nodes, kernels_of
 from .grid import with_tasks
 from .launch import Binary, parameter_types
 from .mapped import AnyKernel, Tasks
+from .rows import PRODUCTS
 from .together import together
 from .triton import load
 from .written import Way, write
@@ -143,10 +145,12 @@ def fused(graph: Graph, precision: str, refused: Mapping[str, str], notes: list[
     maps = _each(lambda g: with_tasks(g, precision, refused, notes), graph, skip=(map_,))
 
     def takes(n: Node) -> bool:
-        n.meta["why"] = products.why_aten(n, precision)
+        product = n.target in PRODUCTS
+        n.meta["why"] = products.why_aten(n, precision) if product else reads.why_aten(n)
         return n.meta["why"] is None
 
-    out = _named(_each(lambda g: together(fuse(g, takes=takes)), lowered(saw("tasks", maps))))
+    flat = inside(lambda g: expand(g, gpu=True), lowered(saw("tasks", maps)))
+    out = _named(_each(lambda g: together(fuse(g, takes=takes)), saw("expand", simplify(flat))))
     for n in kernel_nodes(out):
         if isinstance(n.args[0], Tasks):
             n.meta["members"] = tiles.source(n.args[0], precision).rows

@@ -135,7 +135,10 @@ def prepare(
         if turn and _is_by_columns(x.node, y.node):
             return b.emit(op, (y.mT, x.mT)).mT
         ways = ((x, y), (x, copy(y)), (copy(x), y), (copy(x), copy(y)))
-        return b.emit(op, next((v, w) for v, w in ways if takes(v.node, w.node)))
+        found = next(((v, w) for v, w in ways if takes(v.node, w.node)), None)
+        if found is None:
+            raise NotFusable("a product whose factors are read in no order, as one of no terms")
+        return b.emit(op, found)
 
     outs = b.inline(graph, [b.input(n.meta["val"], n.name) for n in graph.inputs], call)
     final: list[Value] = []

@@ -11,6 +11,7 @@ import dataclasses
 import keyword
 import linecache
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -90,6 +91,11 @@ HELPERS = {
 # ---- blocks ----
 
 MANY_PROGRAMS = 128
+LOOP_COLS, MOST_COLS = (
+    4096,
+    2**14,
+)  # of a tile from which a program may loop over it, and from which it surely does
+REGISTERS = 96  # of a thread of 16 warps, for the values of a tile that are alive at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +128,31 @@ def schedule(k: Kernel) -> Schedule:
     n = numel(tile)
     width, fixed = power(estimate(n)), not isinstance(n, Dim)
     if any(isinstance(x, Load) and x.index.tile[-1] == 1 for x in k.body):
-        cols = min(width, 4096 if fixed else 1024)
+        cols = width if fixed and _fits(k, width) else min(width, LOOP_COLS if fixed else 1024)
         block = _enough_programs(rows, min(power(rows), 64, max(1, 1024 // cols)), 256 // cols)
     else:
         block = _enough_programs(rows, min(power(rows), 64), 16)
         cols = min(width, 1024 // block)
     looped = not fixed or cols < n
-    return Schedule(block, cols, looped, 8 if block * cols >= 4096 else 4, wide, across >= 2**31)
+    warps = 16 if block * cols > LOOP_COLS else 8 if block * cols == LOOP_COLS else 4
+    return Schedule(block, cols, looped, warps, wide, across >= 2**31)
+
+
+def _fits(k: Kernel, width: int) -> bool:
+    """True if a program can hold a tile of so many columns, and read memory once."""
+    return width <= LOOP_COLS or (width <= MOST_COLS and _alive(k) * width // (16 * 32) <= REGISTERS)
+
+
+def _alive(k: Kernel) -> int:
+    """Registers that the values of a tile take at the worst, in each of its columns."""
+    sizes = [max(1, dtype.itemsize // 4) * any(s != 1 for s in shape) for shape, dtype in k.types]
+    last = {j: i for i, x in enumerate(k.body) for j in x.inputs}
+    most = now = 0
+    for i, x in enumerate(k.body):
+        now += 0 if isinstance(x, Store) else sizes[i]
+        most = max(most, now)
+        now -= sum(sizes[j] for j in set(x.inputs) if last[j] == i)
+    return most
 
 
 def span(strides: tuple[Size, ...], sizes: tuple[Size, ...]) -> int:
@@ -239,6 +263,16 @@ class Instructions:
             return _cast(operand, x.dtype).format(*args)
         template = TEMPLATES[x.op]
         return (template if isinstance(template, str) else template(operand)).format(*args)
+
+    def _picked(self, x: Load, masks: Sequence[str]) -> list[str]:
+        """The computed terms of an address; as in ATen, the device stops at an index that is out of range."""
+        terms, masked = [], f", mask={' & '.join(masks)}" if masks else ""
+        for p in x.picks:
+            value, where = self.values[p.value], f", {os.path.basename(x.source)}" if x.source else ""
+            inside = f"(0 <= {value}) & ({value} < {size_text(p.size)})"
+            self._emit(f"tl.device_assert({inside}, {f'index out of bounds{where}'!r}{masked})")
+            terms.append(value if p.stride == 1 else f"{value} * {size_text(p.stride)}")
+        return terms
 
     def _neutral(self, i: int, shape: Sequence[int] | None = None) -> str:
         dtype = self.k.types[i][1]
@@ -379,9 +413,11 @@ class _Emitter(Instructions):
 
     def _load(self, i: int, x: Load) -> str:
         offset, mask = self._offset(x.index), self._mask(x.index)
-        if x.mask is not None:
-            mask = [*mask, self.values[x.mask]]
-            offset = " + ".join(filter(None, [offset, "row * 0", "col * 0" if self.tile else ""]))
+        if x.inputs:
+            tiled = any(s != 1 for s in x.shape)
+            mask = ["row_in", *["col_in"] * tiled, *([] if x.mask is None else [self.values[x.mask]])]
+            spread = ["row * 0", "col * 0" if tiled else ""]
+            offset = " + ".join(filter(None, [offset, *self._picked(x, mask), *spread]))
         pointer = self.args[x.arg] + (f" + {offset}" if offset else "")
         return f"tl.load({pointer}, mask={' & '.join(mask)}, other=0)" if mask else f"tl.load({pointer})"
 

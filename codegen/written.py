@@ -45,12 +45,18 @@ def write(k: AnyKernel, capability: int, precision: str, way: Way | None = None)
         made = tiles.source(k, precision)
         return Written(made.name, made.text, way, (1,), made.workspace, made.checks)
     if isinstance(k, Together):
-        return Written(k.name, together_source(k), way, tuple(triton.schedule(p).rows for p in k.parts))
+        rows = tuple(triton.schedule(p).rows for p in k.parts)
+        return Written(k.name, together_source(k), way, rows, checks=any(p.checks for p in k.parts))
     if is_product(k):
         return Written(
-            k.name, dots.source(k, way, precision), way.warps, (way.rows, way.columns), stages=way.stages
+            k.name,
+            dots.source(k, way, precision),
+            way.warps,
+            (way.rows, way.columns),
+            checks=k.checks,
+            stages=way.stages,
         )
-    return Written(k.name, triton.source(k, way), way.warps, (way.rows,))
+    return Written(k.name, triton.source(k, way), way.warps, (way.rows,), checks=k.checks)
 
 
 def model(k: AnyKernel, capability: int, precision: str) -> Way:
@@ -73,5 +79,5 @@ def ways(k: AnyKernel, capability: int, precision: str) -> list[Way]:
                  for r in near(first.rows) for c in near(first.columns) for w in (4, 8)]  # fmt: skip
         return list(dict.fromkeys((first, *found)))
     rows = [n for n in (first.rows // 2, first.rows, first.rows * 2, first.rows * 4) if n >= 1]
-    found = [dataclasses.replace(first, rows=n, warps=w) for n in rows for w in (2, 4, 8)]
+    found = [dataclasses.replace(first, rows=n, warps=w) for n in rows for w in (2, 4, 8, 16)]
     return list(dict.fromkeys((first, *found)))

@@ -11,9 +11,9 @@ import functools
 
 import torch
 
-from . import errors
 from .graph import Graph, Val, typed
 from .infer import on_forget
+from .place import place
 from .record import Builder, vals
 from .rules.table import ROWS
 
@@ -73,15 +73,30 @@ def _taken_apart(op, args, kwargs) -> Graph | None:
 def _if_it_can(op, function, args, kwargs) -> Graph | None:
     try:
         return function and _recorded(op, function, args, kwargs)
-    except (errors.NotSupported, errors.UnsupportedInside):  # it writes, or reads a tensor of its own
+    except RuntimeError:  # it writes or reads a tensor of its own, or refuses what the op takes, as a number beside a tensor
         return None
 
 
 def _recorded(op, function, args, kwargs) -> Graph | None:
     from .trace import trace_torch
 
-    graph = trace_torch(function, args, kwargs)
+    device = next((v.device for v in tensors_in([args, list(kwargs.values())], Val)), torch.device("cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():  # indexing asks for the driver
+        graph = place(trace_torch(function, _on_cpu(args), _on_cpu(kwargs)), device)
+    else:
+        graph = trace_torch(function, args, kwargs)
     return graph if all(_simpler(n.target, op) for n in graph.nodes) else None
+
+
+def _on_cpu(x):
+    """An argument structure with its values and devices on the CPU."""
+    if isinstance(x, dict):
+        return {k: _on_cpu(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_on_cpu, x))
+    if isinstance(x, Val):
+        return Val(x.shape, x.dtype, torch.device("cpu"))
+    return torch.device("cpu") if isinstance(x, torch.device) else x
 
 
 def _simpler(target, op) -> bool:

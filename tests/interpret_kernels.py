@@ -25,8 +25,11 @@ from kernel_cases import (
 from kernel_corpus import fingerprint
 from loop_cases import LOOPS, Loop, inputs_of_loop
 from loop_cases import with_kernels as loops_with_kernels
+from move_cases import MOVES, PRODUCTS_OF_MOVED, move_inputs, random_move
+from move_cases import fused as moves_fused
 from product_cases import PRODUCTS, graphs, product_inputs, random_product
 from task_cases import TASKS, Mapped, graph_and_inputs, random_tasks
+from triton.runtime.errors import InterpreterError
 
 import fxfunc
 from fxfunc.bench import digits
@@ -61,6 +64,25 @@ def check_product(case: Case) -> None:
     for sizes in case.sizes:
         inputs = product_inputs(case, sizes)
         assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
+
+
+def check_moves(case: Case) -> None:
+    graph, fused = graph_of(case), moves_fused(case)
+    for sizes in case.sizes:
+        inputs = move_inputs(case, sizes)
+        assert_equal(run(fused, inputs, sizes, interpret), run(graph, inputs, sizes), scale=20)
+
+
+def check_a_bad_index(case: Case) -> None:
+    """The device stops there."""
+    x, index = move_inputs(case, {})
+    index[2, 1] = x.shape[1]
+    try:
+        run(moves_fused(case), [x, index], {}, interpret)
+    except InterpreterError as e:
+        assert "index out of bounds" in str(e)
+    else:
+        raise AssertionError("nothing stopped")
 
 
 def check_together(case: Case) -> None:
@@ -124,6 +146,8 @@ def failures(wanted: list[str]) -> Iterator[str]:
     cases = [(check_op, c) for c in OPS + OPS_F64 + OPS_BF16]
     cases += [(check_pattern, c) for c in PATTERNS + [random_case(seed) for seed in range(30)]]
     cases += [(check_product, c) for c in PRODUCTS + [random_product(seed) for seed in range(60)]]
+    cases += [(check_moves, c) for c in MOVES + PRODUCTS_OF_MOVED + [random_move(seed) for seed in range(60)]]
+    cases += [(check_a_bad_index, c) for c in MOVES if c.name == "gather"]
     cases += [(check_together, c) for c in TOGETHER + [random_case(seed) for seed in range(30)]]
     cases += [(check_loop, loop) for loop in LOOPS]
     cases += [(check_tasks, c) for c in TASKS]

@@ -65,6 +65,8 @@ TRANSPOSED = {
     "transposed_all": ((2, 4, 4, 5), (4, 3, 3, 2), {"stride": (3, 2), "padding": (1, 0), "output_padding": (2, 1),
                                                     "groups": 2, "dilation": (1, 2)}),
     "transposed_vector": ((2, 4, 5), (4, 6, 3), {"stride": 2, "padding": 2}),
+    "transposed_beyond": ((2, 2, 4, 4), (2, 2, 4, 5), {"stride": (3, 2), "padding": (1, 2), "output_padding": (2, 3),
+                                                       "groups": 2, "dilation": (4, 4)}),
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import json
 import pytest
 import torch
 from kernel_cases import F16, F32, PATTERNS, TOGETHER, Case, In, T, assert_equal, graph_of, inputs_of, run
+from move_cases import MOVES, PRODUCTS_OF_MOVED, move_inputs
+from move_cases import fused as moves_fused
 from product_cases import PRODUCTS, graphs, product_inputs
 from task_cases import TASKS, graph_and_inputs, tasks_of
 
@@ -266,6 +268,16 @@ def test_products_on_a_gpu_equal_eager(case):
     for sizes in case.sizes:
         inputs = product_inputs(case, sizes)
         assert_equal(run(fused, inputs, sizes, on_gpu), run(graph, inputs, sizes), scale=20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MOVES + PRODUCTS_OF_MOVED, ids=[c.name for c in MOVES + PRODUCTS_OF_MOVED])
+def test_moves_on_a_gpu_equal_eager(case):
+    for sizes in case.sizes:
+        inputs = move_inputs(case, sizes)
+        assert_equal(
+            run(moves_fused(case), inputs, sizes, on_gpu), run(graph_of(case), inputs, sizes), scale=20
+        )
 
 
 def test_files_of_a_binary_give_it_back():

@@ -161,6 +161,32 @@ def test_compiles_offline_for_cuda_90(name):
     assert spilled(b) == 0
 
 
+def _normed(x):
+    centred = x - x.mean([1], True)
+    return centred * ((centred * centred).mean([1], True) + 1e-5).call(aten.rsqrt.default)
+
+
+@pytest.mark.parametrize("columns", [4096, 5000, 16384])
+@pytest.mark.parametrize("name", ["softmax", "norm"])
+def test_a_row_is_read_once_if_its_values_fit_in_registers(name, columns):
+    f = pattern("softmax_wide").f if name == "softmax" else _normed
+    k = only_kernel(Case("row", f, (In(F32, (3, columns)),)))
+    text = triton.source(k)
+    assert text.count("tl.load(") == 1 and "for block in" not in text
+    assert spilled(offline.compile(k, "cuda:90")) == 0
+
+
+def test_a_row_of_more_values_than_fit_is_read_in_a_loop():
+    def f(x, y, z, w):
+        parts = [x.exp(), y.exp(), z.exp(), w.exp(), x * y, z * w]
+        total = sum(parts[1:], parts[0]).sum([1], True)
+        return sum((p * total for p in parts), x)
+
+    k = only_kernel(Case("many", f, (In(F32, (3, 16384)),) * 4))
+    assert triton.schedule(k).looped and spilled(offline.compile(k, "cuda:90")) <= 32
+    assert triton.schedule(only_kernel(pattern("softmax_wider"))).looped
+
+
 def test_product_sums_are_exact_float32():
     """No TF32 dot, no fused multiply-add: what ATen's elementwise kernels compute, bit for bit."""
     b = offline.compile(
