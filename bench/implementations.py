@@ -7,9 +7,12 @@ it and the seconds of its own stages. It runs in a worker; `missing` runs in the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +22,9 @@ from .errors import BenchError
 # Torch's first FakeTensor imports torch._dynamo, whoever asks for it.
 TORCH = ("torch", "torch._dynamo", "fxfunc")
 JAX = ("jax", "jax.numpy")
+JAX_SHARES = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
+}  # the GPU is other workers', too; read at the first use
 
 Call = Callable[..., Any]
 Built = tuple[Call, dict[str, float]]
@@ -117,7 +123,16 @@ def no_compiler(device: str) -> str | None:
 def no_jax(device: str) -> str | None:
     if importlib.util.find_spec("jax") is None:
         return "jax is not installed (pip install jax)"
-    return None if device == "cpu" else "JAX is measured on the CPU only"
+    return None if device == "cpu" else _no_jax_on_cuda()
+
+
+@functools.cache
+def _no_jax_on_cuda() -> str | None:
+    """Asked in a process of its own: one that has JAX on a GPU keeps a part of its memory."""
+    command = [sys.executable, "-P", "-c", "import jax; jax.devices('cuda')"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | JAX_SHARES)
+    words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return None if done.returncode == 0 else f"the jax that is installed has no CUDA device: {words[-1]}"
 
 
 # ----- fxfunc ---------------------------------------------------------------------------------------------------------

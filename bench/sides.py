@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .implementations import OURS, WITH_FXFUNC
+from .implementations import JAX_SHARES, OURS, WITH_FXFUNC
 
 RUN_BY_ATEN = ("torch.func", "make_fx", "eager")
 COMPILED_BY_INDUCTOR = ("torch.compile", "inductor", "inductor-fxfunc")
@@ -108,7 +108,11 @@ class JaxSide:
         if jax is None:
             raise NotImplementedError(f"the workload {workload} has no JAX version")
         module, _, name = jax.partition(":")
-        self.jax = package
+        self.jax, self.device = package, device
+        os.environ |= JAX_SHARES
+        package.config.update("jax_platforms", device)  # no other in its place
+        if device == "cuda":
+            package.config.update("jax_default_matmul_precision", "highest")  # float32, not TF32: as torch's
         package.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
         package.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         package.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -129,7 +133,8 @@ class JaxSide:
         return map_arrays(np.asarray, answer)
 
     def device_peak(self) -> int | None:
-        return None
+        """Bytes allocated on the GPU at the highest point."""
+        return self.jax.devices()[0].memory_stats()["peak_bytes_in_use"] if self.device == "cuda" else None
 
     def count(self, implementation: str, built: Any, call: Call, inputs: tuple) -> dict[str, int]:
         """Equations of the jaxpr, those within calls too."""

@@ -14,15 +14,19 @@ from ..registry import workload
 from .meta import meta_gradient
 from .nets import Params, mlp, mlp_params
 
-SIZES = (1, 40, 40, 1)
+WIDTH = 40
 SHOTS = 10
 INNER_LR = 0.01
 
 
 def make_inputs(*, tasks: int, steps: int) -> tuple:
-    """Parameters of the net and the tasks (xs, ys, xq, yq), each [tasks, 10, 1]."""
-    generator = torch.Generator().manual_seed(0)
-    params = mlp_params(SIZES, generator)
+    """The same at every call, as `draw` gives them."""
+    return draw(tasks, WIDTH, torch.Generator().manual_seed(0))
+
+
+def draw(tasks: int, width: int, generator: torch.Generator) -> tuple:
+    """Parameters of a net with two hidden layers, and the tasks (xs, ys, xq, yq), each [tasks, 10, 1]."""
+    params = mlp_params((1, width, width, 1), generator)
     amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
     phase = math.pi * torch.rand(tasks, 1, 1, generator=generator)
     xs, xq = 10 * torch.rand(2, tasks, SHOTS, 1, generator=generator) - 5
