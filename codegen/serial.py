@@ -111,6 +111,7 @@ _RECORDS = {
         loops.Arg,
         loops.Index,
         loops.Load,
+        loops.Pick,
         loops.Const,
         loops.Iota,
         loops.Apply,

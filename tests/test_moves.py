@@ -12,7 +12,7 @@ from move_cases import MOVES, PRODUCTS_OF_MOVED, at, cat, fused, gather, into_sl
 from torch.nn import functional as F
 
 import fxfunc
-from fxfunc.codegen import offline, reads
+from fxfunc.codegen import offline, reads, serial
 from fxfunc.codegen.evaluate import evaluate
 from fxfunc.codegen.fuse import kernels_of
 from fxfunc.codegen.loops import Load, Pick, kernel, verify
@@ -67,6 +67,15 @@ def test_most_random_moves_are_in_kernels():
     moves = [n for c in cases for n in graph_of(c).nodes if n.target in reads.READS]
     left = [n for c in cases for n in fused(c).nodes if n.target in reads.READS]
     assert len(moves) > 150 and len(left) < 0.3 * len(moves)
+
+
+@by_name([named(n) for n in ("gather", "padded_index", "index_two", "indexed_epilogue")])
+def test_they_are_stored_and_read_again(case):
+    graph = fused(case)
+    again = serial.load(serial.dump(graph, []), [])
+    assert kernels_of(again) == kernels_of(graph)
+    inputs = move_inputs(case, {})
+    assert_equal(run(again, inputs, {}), run(graph, inputs, {}))
 
 
 # ---- code ----

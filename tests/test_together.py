@@ -110,3 +110,15 @@ def test_explain_has_the_calls_of_all_parts():
         "aten.cos.default",
         "aten.mul.Tensor",
     ]
+
+
+def test_calls_that_are_alone_are_kernels_where_nothing_else_is_atens():
+    """So that the program can be a CUDA graph."""
+    inputs = (In(F32, (300, 128, 128)), In(F32, (4, 5)))
+
+    def left(f) -> list[str]:
+        fused = offline.fused(graph_of(Case("alone", f, inputs)), "ieee", {}, [])
+        return [n.name for n in fused.nodes if n.target is not kernel]
+
+    assert not left(lambda x, y: x.sum([0]))
+    assert left(lambda x, y: (x.sum([0]), y.call(aten.sort.default)[0])) == ["sum_1", "sort", "item"]
