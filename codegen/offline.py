@@ -31,7 +31,7 @@ from .lower import base, is_constant, is_free, is_fusable
 from .mapped import AnyKernel, Tasks
 from .rows import PRODUCTS
 from .together import together
-from .triton import load
+from .triton import function_name, load
 from .written import Way, write
 
 # Bytes of shared memory that a program can have, by compute capability.
@@ -195,7 +195,7 @@ def _named(graph: Graph) -> Graph:
     for n in kernel_nodes(graph):
         k, *operands = n.args
         if k not in known:
-            name = re.sub(r"_\d+$", "", k.name)
+            name = function_name(re.sub(r"_\d+$", "", k.name))
             names[name] = names.get(name, 0) + 1
             unique = name if names[name] == 1 else f"{name}_{names[name]}"
             known[k] = dataclasses.replace(k, name=unique)

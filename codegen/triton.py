@@ -437,7 +437,7 @@ class _Emitter(Instructions):
         return f"({self._offset(x.index) or 'row * 0'}).to(tl.int64)"
 
     def _reduce(self, i: int, x: Reduce) -> str:
-        whole = self.schedule.cols == numel(x.shape) and self.k.types[x.x][0] == x.shape
+        whole = self.schedule.cols == numel(x.shape) != 1 and self.k.types[x.x][0] == x.shape
         value = self._operand(x.x, x)
         return self._reduced(i, value if whole else f"tl.where(col_in, {value}, {self._neutral(i)})")
 
@@ -465,6 +465,12 @@ def size_name(name: str) -> str:
     """The parameter of a symbolic size, which may have any name."""
     taken = _OWN.fullmatch(name) or name in HELPERS or keyword.iskeyword(name)
     return f"size_of_{name}" if taken else name
+
+
+def function_name(name: str) -> str:
+    """The function of a kernel, which may have the name of one call."""
+    taken = name in HELPERS or name in ("tl", "triton", "libdevice") or keyword.iskeyword(name)
+    return f"{name}_kernel" if taken else name
 
 
 def _literal(x: float) -> str:

@@ -73,15 +73,18 @@ def _taken_apart(op, args, kwargs) -> Graph | None:
 def _if_it_can(op, function, args, kwargs) -> Graph | None:
     try:
         return function and _recorded(op, function, args, kwargs)
-    except RuntimeError:  # it writes or reads a tensor of its own, or refuses what the op takes, as a number beside a tensor
+    except (
+        RuntimeError
+    ):  # it writes or reads a tensor of its own, or refuses what the op takes, as a number beside a tensor
         return None
 
 
 def _recorded(op, function, args, kwargs) -> Graph | None:
     from .trace import trace_torch
 
-    device = next((v.device for v in tensors_in([args, list(kwargs.values())], Val)), torch.device("cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():  # indexing asks for the driver
+    given = tensors_in([args, list(kwargs.values())], (Val, torch.device))
+    device = next((x.device if isinstance(x, Val) else x for x in given), torch.device("cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():  # indexing and new tensors ask for the driver
         graph = place(trace_torch(function, _on_cpu(args), _on_cpu(kwargs)), device)
     else:
         graph = trace_torch(function, args, kwargs)

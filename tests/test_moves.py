@@ -205,3 +205,4 @@ def test_a_decomposition_for_a_gpu_is_made_where_there_is_none():
     w, i = (Val(s, d, torch.device("cuda:0")) for s, d in (((5, 3), F32), ((4,), I64)))
     graph = taken_apart(aten.embedding.default, (w, i), {})
     assert graph is not None and all(v.device.type == "cuda" for v in graph.out_vals)
+    assert taken_apart(aten.eye.default, (3,), {"device": torch.device("cuda:0")}) is not None

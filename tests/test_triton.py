@@ -187,6 +187,26 @@ def test_a_row_of_more_values_than_fit_is_read_in_a_loop():
     assert triton.schedule(only_kernel(pattern("softmax_wider"))).looped
 
 
+@pytest.mark.parametrize("shape", [(), (1, 1)], ids=str)
+def test_a_call_on_one_element_compiles_alone(shape):
+    for f in (lambda x: x * 2, lambda x: x.sum(), lambda x: x.call(aten.amax.default, [])):
+        for k in kernels_of(fuse(graph_of(Case("one", f, (In(F32, shape),))), alone=True)):
+            assert offline.compile(k, "cuda:90").spills == 0
+
+
+def test_a_kernel_of_one_call_has_not_the_name_of_a_helper():
+    def f(x, y):
+        return x.call(aten.maximum.default, y).call(aten.maximum.default, x * y)
+
+    for g in (
+        f,
+        lambda x, y: x.call(aten.maximum.default, y),
+        lambda x, y: (x > y).call(aten.__and__.Tensor, y > 0),
+    ):
+        _, binaries, _ = offline.compile_graph(graph_of(Case("named", g, (In(F32, (40,)),) * 2)))
+        assert all(b.spills == 0 and name not in triton.HELPERS for name, b in binaries.items())
+
+
 def test_product_sums_are_exact_float32():
     """No TF32 dot, no fused multiply-add: what ATen's elementwise kernels compute, bit for bit."""
     b = offline.compile(
