@@ -14,12 +14,16 @@ import tempfile
 import time
 from unittest import mock
 
+import torch
 from tabulate import tabulate
 
 import fxfunc
 from fxfunc.codegen import launch, offline, tiles
+from fxfunc.codegen.loops import Arg
+from fxfunc.passes.dims import numel
+from fxfunc.passes.graph import Val
 
-from . import cycles, records
+from . import chains, cycles, records
 from .registry import find, names
 from .run import ROOT
 
@@ -44,6 +48,12 @@ GUESSES = (
     "Guesses for an H200, from instructions counted in the code for cuda:90 (`bench/cycles.py` has the assumptions), of a kernel "
     "of tasks alone. They are here to be held against measurements."
 )
+CHAINS = ("chain", "kernels", "registers", "memory, ms", "instructions, ms", "share at most")
+OF_CHAINS = (
+    "Guesses for the chains of `bench/chains.py`: what they must read and write, at an H200's 4.3 TB/s (`memory`), and the "
+    "instructions of their kernels, issued as above. `share at most`: of that bandwidth, each kernel as slow as the slower of these."
+)
+BANDWIDTH = 4.3e12  # bytes a second of a copy
 EXPLAINED = (
     "What `python -m fxfunc.bench.kernels --update` compiled on a machine without a GPU: registers and stack a thread, shared "
     "and scratch memory a program. `seconds` is passes and Triton for all kernels of a workload, its cache empty. **Times on a "
@@ -78,6 +88,34 @@ def _guess(name: str, b: launch.Binary) -> tuple:
         return (name, b.kernel.name, "a loop was unrolled")
     times = (f"{p.seconds * 1e3:.3f}" for p in found)
     return (name, b.kernel.name, found[0].instructions, found[0].barriers, *times)
+
+
+def guess_chain(case: chains.Case) -> tuple:
+    """What memory and instructions allow a chain on an H200, by its kernels for cuda:90."""
+    x = torch.empty(case.shape, dtype=case.dtype)
+    inputs = [*[x] * (1 + case.gradient), *[torch.empty(case.shape[1], dtype=case.dtype)] * case.vectors]
+    lowered = fxfunc.jit(case.over(fxfunc)).lower(*inputs)
+    kernels = lowered.compile(backend="triton", target=TARGETS[-1]).kernels
+    least = sum(map(_bytes, (*lowered.graph.in_vals, *lowered.graph.out_vals))) / BANDWIDTH
+    issued, total = 0.0, 0.0
+    for b in kernels:
+        found = cycles.predict(b, b.programs)
+        seconds = 0.0 if found is None else found.seconds
+        issued += seconds
+        total += max(seconds, sum(map(_bytes, b.kernel.args)) / BANDWIDTH)
+    most = max(b.regs for b in kernels)
+    return (
+        str(case),
+        len(kernels),
+        most,
+        f"{least * 1e3:.3f}",
+        f"{issued * 1e3:.3f}",
+        f"{least / total:.2f}",
+    )
+
+
+def _bytes(x: Val | Arg) -> int:
+    return numel(x.shape) * x.dtype.itemsize
 
 
 def _goals(rows: list[tuple], guesses: list[tuple]) -> list[tuple]:
@@ -118,7 +156,8 @@ def main() -> int:
             print(tabulate(found), file=sys.stderr, flush=True)
     table = tabulate(rows, HEADERS, tablefmt="github")
     guess = tabulate(guesses, GUESSED, tablefmt="github")
-    print(table, guess, *notes, sep="\n\n")
+    of_chains = tabulate(map(guess_chain, chains.CASES), CHAINS, tablefmt="github")
+    print(table, guess, of_chains, *notes, sep="\n\n")
     if options.update:
         version = records.describe_versions()["triton"]
         parts = [
@@ -127,6 +166,8 @@ def main() -> int:
             table,
             GUESSES,
             guess,
+            OF_CHAINS,
+            of_chains,
             "Goals for an H200:",
             tabulate(_goals(rows, guesses), ("what", "goal", "guess", "measured"), tablefmt="github"),
             "Batched maps:",

@@ -95,7 +95,10 @@ LOOP_COLS, MOST_COLS = (
     4096,
     2**14,
 )  # of a tile from which a program may loop over it, and from which it surely does
-REGISTERS = 96  # of a thread of 16 warps, for the values of a tile that are alive at once
+REGISTERS = 0.75  # of those that a thread has, for the values of a tile that are alive at once
+MANY_WARPS = (
+    1024  # programs from which each has as few warps as hold its values: what is shared costs instructions
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +138,19 @@ def schedule(k: Kernel) -> Schedule:
         cols = min(width, 1024 // block)
     looped = not fixed or cols < n
     warps = 16 if block * cols > LOOP_COLS else 8 if block * cols == LOOP_COLS else 4
+    if not looped and rows >= block * MANY_WARPS:
+        held = [w for w in (1, 2, 4, 8) if block * cols <= 32 * 32 * w and _hold(k, block * cols, w)]
+        warps = min([*held, warps])
     return Schedule(block, cols, looped, warps, wide, across >= 2**31)
 
 
 def _fits(k: Kernel, width: int) -> bool:
     """True if a program can hold a tile of so many columns, and read memory once."""
-    return width <= LOOP_COLS or (width <= MOST_COLS and _alive(k) * width // (16 * 32) <= REGISTERS)
+    return width <= LOOP_COLS or (width <= MOST_COLS and _hold(k, width, 16))
 
 
-def _alive(k: Kernel) -> int:
-    """Registers that the values of a tile take at the worst, in each of its columns."""
+def _hold(k: Kernel, elements: int, warps: int) -> bool:
+    """True if registers hold all values of a tile of so many elements that are alive at once."""
     sizes = [max(1, dtype.itemsize // 4) * any(s != 1 for s in shape) for shape, dtype in k.types]
     last = {j: i for i, x in enumerate(k.body) for j in x.inputs}
     most = now = 0
@@ -152,7 +158,7 @@ def _alive(k: Kernel) -> int:
         now += 0 if isinstance(x, Store) else sizes[i]
         most = max(most, now)
         now -= sum(sizes[j] for j in set(x.inputs) if last[j] == i)
-    return most
+    return most * elements <= REGISTERS * min(255 * 32 * warps, 65536)
 
 
 def span(strides: tuple[Size, ...], sizes: tuple[Size, ...]) -> int:
