@@ -51,7 +51,7 @@ GUESSES = (
 CHAINS = ("chain", "kernels", "registers", "memory, ms", "instructions, ms", "share at most")
 OF_CHAINS = (
     "Guesses for the chains of `bench/chains.py`: what they must read and write, at an H200's 4.3 TB/s (`memory`), and the "
-    "instructions of their kernels, issued as above. `share at most`: of that bandwidth, each kernel as slow as the slower of these."
+    "instructions of their kernels, issued as above. `share at most`: of that bandwidth, kernels taking the longer of these."
 )
 BANDWIDTH = 4.3e12  # bytes a second of a copy
 EXPLAINED = (

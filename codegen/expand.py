@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fxfunc.passes.decompose import taken_apart, tensors_in
-from fxfunc.passes.dims import Dim, numel
+from fxfunc.passes.dims import numel
 from fxfunc.passes.graph import Graph, Op, Val, map_, scan
 from fxfunc.passes.record import Builder, Value, vals
 
@@ -68,11 +68,12 @@ def _nll_loss(
     shape = list(target.shape)
     out = target.eq(ignored)
     index = out.where(0, target).reshape([*shape, 1])
-    losses = out.where(0, -x.call(aten.gather.default, x.ndim - 1, index).reshape(shape))
-    count = out.where(x.full([], 0), x.full([], 1)).sum()
+    wide = x.to(opmath(x.dtype))
+    losses = out.where(0, -wide.call(aten.gather.default, x.ndim - 1, index).reshape(shape))
+    count = out.where(wide.full([], 0), wide.full([], 1)).sum()
     if reduction == 0:
-        return losses, x.full([], 0)
-    return (losses.sum() / count if reduction == 1 else losses.sum()), count
+        return losses.to(x.dtype), x.full([], 0)
+    return (losses.sum() / count if reduction == 1 else losses.sum()).to(x.dtype), count.to(x.dtype)
 
 
 def _var(
@@ -88,10 +89,11 @@ def _var_mean(
     count, less = numel(x.shape[d] for d in dims), 1 if correction is None else correction
     mean = wide.call(aten.mean.dim, dims, True)
     centred = wide - mean
-    if isinstance(count, Dim):
-        divisor = (wide.full([], count - int(less)) - less % 1).call(aten.clamp.default, 0)
-    else:
-        divisor = max(count - less, 0)
+    divisor = (
+        max(count - less, 0)
+        if isinstance(count, int)
+        else (wide.full([], count) - less).call(aten.clamp.default, 0)
+    )
     var = (centred * centred).sum(dims, keepdim) / divisor
     return var.to(x.dtype), (mean if keepdim else mean.reshape(var.shape)).to(x.dtype)
 

@@ -163,7 +163,10 @@ def _divmod(space: Space, x: Affine, n: Size) -> tuple[Affine, Affine]:
         return x, space.zero()
     quotients = [divide(c, n) if c != 0 else 0 for c in x.coefs]
     small = tuple(c if q is None else 0 for c, q in zip(x.coefs, quotients, strict=True))
-    carried = divmod(x.offset, n) if isinstance(x.offset, int) and isinstance(n, int) else (0, x.offset)
+    numbers = isinstance(x.offset, int) and isinstance(n, int)
+    if not numbers and not _surely_positive(x.offset + 1):
+        raise NotFusable("a reshape of what begins before it, by a symbolic size")
+    carried = divmod(x.offset, n) if numbers else (0, x.offset)
     digit = Affine(carried[1], small)
     largest = sum((c * (s - 1) for c, s in zip(small, space.sizes, strict=True)), digit.offset)
     if not _surely_positive(n - largest) or not all(_surely_positive(c + 1) for c in small):
@@ -174,7 +177,7 @@ def _divmod(space: Space, x: Affine, n: Size) -> tuple[Affine, Affine]:
 def _finer(space: Space, coefs: tuple[Size, ...], n: Size) -> Exception:
     """The split after which the terms of one axis no longer cross n."""
     for axis, c in enumerate(coefs):
-        inner = divide(n, c) if c != 0 else None
+        inner = divide(n, c) if _surely_positive(c) else None
         if inner is not None and inner != space.sizes[axis] and divide(space.sizes[axis], inner) is not None:
             return Split(axis, inner)
     return NotFusable("a reshape that no split of an axis resolves")

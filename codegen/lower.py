@@ -192,6 +192,7 @@ class _Lowering:
         self.operands: dict[Node, int] = {}
         self.computed: dict[Node, tuple] = {}
         self.memo: dict[tuple, Expr] = {}
+        self.shapes: dict[int, tuple[Size, ...]] = {}
 
     def run(self, name: str, bare: bool) -> tuple[Kernel, tuple[Node, ...]]:
         """The kernel and its operands, or `NotFusable`."""
@@ -382,7 +383,11 @@ class _Lowering:
         return out
 
     def _shape(self, i: int) -> tuple[Size, ...]:
-        instr = self.body.instrs[i]
+        if i not in self.shapes:
+            self.shapes[i] = self._shape_of(self.body.instrs[i])
+        return self.shapes[i]
+
+    def _shape_of(self, instr: Instr) -> tuple[Size, ...]:
         if isinstance(instr, (Reduce, Dot)):
             return (1,) * len(instr.shape)
         return (
@@ -472,7 +477,9 @@ class _Maps:
                 self._set(x, broadcast_map(self.space, m, node.meta["val"], x.meta["val"]))
         elif node in self.low.members:
             return
-        elif node.target in VIEWS:
+        elif (
+            node.target in VIEWS and node.target is not aten.unfold.default
+        ):  # whose windows overlap, or leave some out
             try:
                 self._set(node.args[0], pull(self.space, node, m))
             except NotFusable:

@@ -46,19 +46,18 @@ def _both(a: Expr | None, b: Expr) -> Expr:
 
 
 def _choose(
-    low: _Lowering, guard: Expr | None, inside: Expr, a: tuple[Node, Map], b: tuple[Node, Map]
+    low: _Lowering, n: Node, guard: Expr | None, inside: Expr, a: tuple[Node, Map], b: tuple[Node, Map]
 ) -> Expr:
     """The element of `a` inside, that of `b` elsewhere, neither read where it is not chosen."""
-    x = low.value(*a, _both(guard, inside))
-    return inside.where(x, low.value(*b, _both(guard, inside.op("not"))))
+    return _pieces(low, guard, [(*a, inside), (*b, inside)], n.meta["val"].dtype)
 
 
 def _pieces(
-    low: _Lowering, guard: Expr | None, pieces: Sequence[tuple[Node, Map, Expr | None]], dtype: torch.dtype
+    low: _Lowering, guard: Expr | None, pieces: Sequence[tuple[Node, Map, Expr]], dtype: torch.dtype
 ) -> Expr:
     """The element of the first piece that it lies in, else of the last."""
     (x, m, inside), *rest = pieces
-    if inside is None or not rest:
+    if not rest:
         return low.value(x, m, guard).cast(dtype)
     first = low.value(x, m, _both(guard, inside)).cast(dtype)
     return inside.where(first, _pieces(low, _both(guard, inside.op("not")), rest, dtype))
@@ -107,29 +106,46 @@ def _slice_scatter(
     if step != 1:
         raise NotFusable("a slice with steps is written to")
     dim = dim % len(m)
-    size, start = _shape(x)[dim], 0 if start is None else start
-    if not (isinstance(start, int) and isinstance(size, int)):
+    size = _shape(x)[dim]
+    if not all(isinstance(i, (int, type(None))) for i in (size, start, end)):
         raise NotFusable("a slice of symbolic size is written to")
-    a = m[dim].shifted(-min(max(start + size if start < 0 else start, 0), size))
+    first, last, _ = slice(start, end).indices(size)
+    _expect(src, (*_shape(x)[:dim], max(last - first, 0), *_shape(x)[dim + 1 :]))
+    a = m[dim].shifted(-first)
     inside = (low.iota(a) >= 0) & (low.iota(a) < _shape(src)[dim])
-    return _choose(low, guard, inside, (src, (*m[:dim], a, *m[dim + 1 :])), (x, m))
+    return _choose(low, n, guard, inside, (src, (*m[:dim], a, *m[dim + 1 :])), (x, m))
 
 
 def _select_scatter(
     low: _Lowering, n: Node, m: Map, guard: Expr | None, x: Node, src: Node, dim: int, index: Size
 ) -> Expr:
     dim = dim % len(m)
-    index = index + _shape(x)[dim] if isinstance(index, int) and index < 0 else index
-    return _choose(low, guard, low.iota(m[dim]).op("eq", index), (src, (*m[:dim], *m[dim + 1 :])), (x, m))
+    size = _shape(x)[dim]
+    if not (isinstance(index, int) and isinstance(size, int) and -size <= index < size):
+        raise NotFusable("a place that is not surely there is written to")
+    index = index % size
+    _expect(src, (*_shape(x)[:dim], *_shape(x)[dim + 1 :]))
+    return _choose(low, n, guard, low.iota(m[dim]).op("eq", index), (src, (*m[:dim], *m[dim + 1 :])), (x, m))
 
 
 def _diagonal_scatter(
     low: _Lowering, n: Node, m: Map, guard: Expr | None, x: Node, src: Node, offset: int = 0, dim1: int = 0, dim2: int = 1
 ) -> Expr:  # fmt: skip
     a, b = dim1 % len(m), dim2 % len(m)
+    sizes = _shape(x)
+    if not all(isinstance(s, int) for s in sizes):
+        raise NotFusable("a diagonal of symbolic size is written to")
+    along = max(0, min(sizes[a] + min(offset, 0), sizes[b] - max(offset, 0)))
+    _expect(src, (*(s for d, s in enumerate(sizes) if d not in (a, b)), along))
     inside = low.iota((m[b] + m[a] * -1).shifted(-offset)).op("eq", 0)
     rest = tuple(e for d, e in enumerate(m) if d not in (a, b))
-    return _choose(low, guard, inside, (src, (*rest, m[a] if offset >= 0 else m[b])), (x, m))
+    return _choose(low, n, guard, inside, (src, (*rest, m[a] if offset >= 0 else m[b])), (x, m))
+
+
+def _expect(src: Node, shape: tuple[Size, ...]) -> None:
+    """ATen says what is wrong with a value that does not fit where it is written."""
+    if _shape(src) != shape:
+        raise NotFusable("a value of another shape than where it is written")
 
 
 # ---- by index ----
@@ -165,8 +181,8 @@ def _index(
 ) -> Expr:
     """Indices beside each other are broadcast where the first of them is, others in front; negative ones are from the end."""
     given = {d: i for d, i in enumerate(indices) if i is not None}
-    if any(i.meta["val"].dtype not in (torch.int64, torch.int32) for i in given.values()):
-        raise NotFusable("a mask as an index")
+    if not given or any(i.meta["val"].dtype not in (torch.int64, torch.int32) for i in given.values()):
+        raise NotFusable("a mask as an index, or none")
     first, last = min(given), max(given)
     at = first if last - first + 1 == len(given) else 0
     count = max(len(_shape(i)) for i in given.values())

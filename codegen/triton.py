@@ -440,7 +440,9 @@ class _Emitter(Instructions):
         self._emit(f"tl.store({self.args[x.arg]} + {offset}, {self._operand(x.x, x)}, mask={mask})")
 
     def _iota(self, i: int, x: Iota) -> str:
-        return f"({self._offset(x.index) or 'row * 0'}).to(tl.int64)"
+        moves = any(s != 0 for s in (*x.index.grid, *x.index.tile))
+        offset = " + ".join(filter(None, [self._offset(x.index), "" if moves else "row * 0"]))
+        return f"({offset}).to(tl.int64)"
 
     def _reduce(self, i: int, x: Reduce) -> str:
         whole = self.schedule.cols == numel(x.shape) != 1 and self.k.types[x.x][0] == x.shape

@@ -79,5 +79,6 @@ def ways(k: AnyKernel, capability: int, precision: str) -> list[Way]:
                  for r in near(first.rows) for c in near(first.columns) for w in (4, 8)]  # fmt: skip
         return list(dict.fromkeys((first, *found)))
     rows = [n for n in (first.rows // 2, first.rows, first.rows * 2, first.rows * 4) if n >= 1]
-    found = [dataclasses.replace(first, rows=n, warps=w) for n in rows for w in (1, 2, 4, 8, 16)]
+    found = [dataclasses.replace(first, rows=n, warps=w) for n in rows for w in (1, 2, 4, 8, 16)
+             if n * max(first.cols, 1) <= 64 * 32 * w]  # fmt: skip
     return list(dict.fromkeys((first, *found)))

@@ -157,6 +157,69 @@ def test_what_does_not_fit_is_right_beside_a_kernel(f, inputs):
     assert_equal(run(fused(case), given, {}), run(graph, given, {}), scale=20)
 
 
+@pytest.mark.parametrize(
+    ("f", "shapes"),
+    [
+        (lambda x, y: torch.cat([x * 2, y])[-1:] + 1, ((4, 5), (4, 5))),
+        (lambda x: F.pad(x * 2, (1, 0))[:, 3] + 1, ((4, 5),)),
+        (lambda x, y: torch.stack([x * 2, y])[1] * 3, ((4, 5), (4, 5))),
+        (lambda x, y: torch.slice_scatter(x * 2, y.double(), 1, 2, 4) + 1, ((4, 5), (4, 2))),
+        (lambda x: (x * 2, (x * 2).unfold(0, 4, 3) + 1), ((8,),)),
+        (
+            lambda x: x.reshape(12, 4).flip(0).reshape(2, 6, 4).transpose(0, 1).reshape(12, 4).sum(1) * 2,
+            ((2, 6, 4),),
+        ),
+    ],
+    ids=[
+        "the last row",
+        "a column of a pad",
+        "one of a stack",
+        "another dtype",
+        "overlapping windows",
+        "flipped",
+    ],
+)
+def test_what_is_read_in_part_or_twice_is_right(f, shapes):
+    inputs = [torch.randn(s) for s in shapes]
+    graph, kernels, _ = offline.compile_graph(fxfunc.jit(f).lower(*inputs).graph)
+    wanted = f(*inputs)
+    assert kernels
+    assert_equal(run(graph, inputs, {}), wanted if isinstance(wanted, tuple) else (wanted,))
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y: y.t().reshape(-1), lambda y: y.reshape(-1)], ids=["turned", "flat"]
+)
+def test_a_pad_of_what_a_symbolic_size_reshapes_is_right(how):
+    y = torch.randn(5, 2)
+    f = lambda y: F.pad(how(y), (1, -1)) + 1
+    graph = fxfunc.jit(f).lower(fxfunc.spec(y, {0: fxfunc.Dim("T")})).graph
+    assert_equal(run(offline.fused(graph, "ieee", {}, []), [y], {"T": 5}), [f(y)])
+
+
+@pytest.mark.parametrize(
+    ("f", "shape"),
+    [
+        (lambda x, s: torch.slice_scatter(x * 2, s, 1, 0, 4) + 1, (4, 2)),
+        (lambda x, s: torch.select_scatter(x * 2, s, 0, 1) + 1, (2,)),
+        (lambda x, s: torch.diagonal_scatter(x * 2, s) + 1, (2,)),
+    ],
+    ids=["slice", "select", "diagonal"],
+)
+def test_a_value_that_does_not_fit_is_refused_as_in_eager(f, shape):
+    inputs = [torch.randn(4, 5), torch.randn(shape)]
+    with pytest.raises(RuntimeError, match="expected src to have a size"):
+        f(*inputs)
+    with pytest.raises(RuntimeError, match="expected src to have a size"):
+        run(offline.fused(fxfunc.jit(f).lower(*inputs).graph, "ieee", {}, []), inputs, {})
+
+
+def test_a_mean_loss_of_halves_is_summed_in_float32():
+    x, y = torch.full((8000, 3), -10.5).half(), torch.zeros(8000, dtype=torch.int64)
+    graph = fxfunc.jit(lambda x, y: F.nll_loss(x, y) * 1).lower(x, y).graph
+    assert run(offline.fused(graph, "ieee", {}, []), [x, y], {}) == [torch.tensor(10.5).half()]
+
+
 def explained(f, *inputs) -> tuple[list, str]:
     compiled = fxfunc.jit(f).lower(*inputs).compile(backend="triton", target="cuda:90")
     return compiled.kernels, compiled.explain()
