@@ -40,8 +40,10 @@ def placed(n: Node, place: str) -> Iterable[Row]:
 
 def kind(n: Node) -> str:
     """Why no kernel takes such a call in."""
-    if n.target in PRODUCTS or moves_values(n):
-        return "a product" if n.target in PRODUCTS else "values are moved"
+    if n.target in PRODUCTS:
+        return "a product"
+    if moves_values(n):
+        return "values are moved"
     return "a loop" if n.target in (getitem, map_, scan) else f"{op_name(n.target)} is no kernel"
 
 

@@ -91,14 +91,10 @@ HELPERS = {
 # ---- blocks ----
 
 MANY_PROGRAMS = 128
-LOOP_COLS, MOST_COLS = (
-    4096,
-    2**14,
-)  # of a tile from which a program may loop over it, and from which it surely does
+LOOP_COLS = 4096  # of a tile that a program holds whatever its values
+MOST_COLS = 2**14  # of one that it holds if registers do
 REGISTERS = 0.75  # of those that a thread has, for the values of a tile that are alive at once
-MANY_WARPS = (
-    1024  # programs from which each has as few warps as hold its values: what is shared costs instructions
-)
+FEW_WARPS = 1024  # programs from which each has as few warps as it can: what warps share costs instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +134,7 @@ def schedule(k: Kernel) -> Schedule:
         cols = min(width, 1024 // block)
     looped = not fixed or cols < n
     warps = 16 if block * cols > LOOP_COLS else 8 if block * cols == LOOP_COLS else 4
-    if not looped and rows >= block * MANY_WARPS:
+    if not looped and rows >= block * FEW_WARPS:
         held = [w for w in (1, 2, 4, 8) if block * cols <= 32 * 32 * w and _hold(k, block * cols, w)]
         warps = min([*held, warps])
     return Schedule(block, cols, looped, warps, wide, across >= 2**31)

@@ -138,7 +138,7 @@ def move_inputs(case: Case, sizes: dict[str, int]) -> list[Tensor]:
 def random_move(seed: int) -> Case:
     """Moves, views and arithmetic in random order over random sizes, at times with a sum at the end."""
     rng = random.Random(seed)
-    rows, columns = rng.choice([1, 3, 8, 33]), rng.choice([4, 6, 17])
+    rows, columns = rng.choice([1, 3, 8, 33, T, 2 * T]), rng.choice([4, 6, 17, T])
     steps = [rng.choice(sorted(_STEPS)) for _ in range(rng.randint(2, 6))]
     total = rng.choice([None, None, 0, 1])
 
@@ -147,12 +147,20 @@ def random_move(seed: int) -> Case:
             x = _STEPS[step](x, y, i)
         return (x if total is None else x.sum([total])) * 2 + 1
 
-    dtype = rng.choice([F32, F32, F64])
-    return Case(f"move-{seed}", f, (In(dtype, (rows, columns)), In(dtype, (rows, columns)), In(I64, (5,))))
+    inputs = [In(rng.choice([F32, F32, F64]), (rows, columns))] * 2
+    return Case(f"move-{seed}", f, (*inputs, In(I64, (5,))), ({"T": 3}, {"T": 8}))
+
+
+def _of_numbers(x: Value) -> bool:
+    return all(isinstance(n, int) for n in x.shape)
 
 
 def _as_wide(x: Value, y: Value) -> tuple[Value, Value]:
-    """Both with as few columns as the narrower."""
+    """Both with as few columns as the narrower, or one twice where that is not known."""
+    if x.shape[1] == y.shape[1]:
+        return x, y
+    if not (_of_numbers(x) and _of_numbers(y)):
+        return x, x
     n = min(x.shape[1], y.shape[1])
     return tuple(v.call(aten.slice.Tensor, 1, 0, n) for v in (x, y))
 
@@ -160,6 +168,8 @@ def _as_wide(x: Value, y: Value) -> tuple[Value, Value]:
 def _over(x: Value, y: Value) -> Value:
     """The first rows of `y` in place of those of `x`."""
     x, y = _as_wide(x, y)
+    if not (_of_numbers(x) and _of_numbers(y)):
+        return x
     n = min(x.shape[0], y.shape[0])
     return into_slice(x, y.call(aten.slice.Tensor, 0, 0, n) * 0.5, 0, 0, n)
 
@@ -169,12 +179,14 @@ _STEPS = {
     "relu": lambda x, y, i: x.call(aten.relu.default),
     "turn": lambda x, y, i: x.call(aten.transpose.int, 0, 1),
     "flip": lambda x, y, i: x.call(aten.flip.default, [1]),
-    "flat": lambda x, y, i: x.reshape([1, -1]) if x.shape[0] * x.shape[1] < 100 else x,
+    "flat": lambda x, y, i: x.reshape([1, x.shape[0] * x.shape[1]]),
+    "other": lambda x, y, i: x.reshape([x.shape[1], x.shape[0]]),
+    "shift": lambda x, y, i: pad(x.reshape([x.shape[0] * x.shape[1]]), [2, -2]).reshape(list(x.shape)),
     "pad": lambda x, y, i: pad(x, [1, 0, 0, 2], 3.0),
     "cut": lambda x, y, i: pad(x, [-1, 1]),
     "cat": lambda x, y, i: cat(*_as_wide(x, y)),
     "twice": lambda x, y, i: cat(x, x, dim=1),
     "over": lambda x, y, i: _over(x, y),
     "row": lambda x, y, i: x.call(aten.select_scatter.default, x.call(aten.select.int, 0, 0) * 2, 0, -1),
-    "pick": lambda x, y, i: at(x, None, i) if x.shape[1] >= PLACES else x,
+    "pick": lambda x, y, i: at(x, None, i) if _of_numbers(x) and x.shape[1] >= PLACES else x,
 }
