@@ -71,10 +71,8 @@ class Case(NamedTuple):
 
 SHAPES = ((8192, 1024), (16384, 4096), (65536, 512))
 DTYPES = (torch.float32, torch.bfloat16)
-CHAINS = (
-    (residual, 2, 1.0),
-    (softmax, 0, 4.0),
-)  # a softmax of numbers that lie apart is not small everywhere
+# A softmax of numbers that lie apart is not small everywhere.
+CHAINS = ((residual, 2, 1.0), (softmax, 0, 4.0))
 CASES = [
     Case(*chain, gradient, shape, dtype)
     for chain, gradient, shape, dtype in itertools.product(CHAINS, (False, True), SHAPES, DTYPES)

@@ -28,6 +28,7 @@ from . import records
 from .cli import SMALLER
 from .drawn import draw
 from .errors import BenchError
+from .measure import in_turns
 from .registry import find, names
 from .run import ROOT
 
@@ -124,12 +125,8 @@ def _timed(
     """In turns, in one order and the other, for about so many seconds in all."""
     repeats = {choice: _repeats(call, tensors) for choice, call in calls.items()}
     times: dict[str, list[float]] = {choice: [] for choice in calls}
-    start, (least, most) = time.perf_counter(), ROUNDS
-    for i in range(most):
-        if i >= least and time.perf_counter() - start > seconds:
-            break
-        for choice in list(calls) if i % 2 else reversed(calls):
-            times[choice].append(_sample(calls[choice], tensors, repeats[choice]))
+    for choice in in_turns(calls, ROUNDS, seconds):
+        times[choice].append(_sample(calls[choice], tensors, repeats[choice]))
     return {c: {"least_s": min(t), "median_s": statistics.median(t)} for c, t in times.items()}
 
 

@@ -22,9 +22,8 @@ from .errors import BenchError
 # Torch's first FakeTensor imports torch._dynamo, whoever asks for it.
 TORCH = ("torch", "torch._dynamo", "fxfunc")
 JAX = ("jax", "jax.numpy")
-JAX_SHARES = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
-}  # the GPU is other workers', too; read at the first use
+# The GPU is other workers', too; read at the first use.
+JAX_SHARES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 Call = Callable[..., Any]
 Built = tuple[Call, dict[str, float]]

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,15 @@ def timed(call: Callable[[], Any]) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_turns(names: Iterable[str], rounds: tuple[int, int], seconds: float) -> Iterator[str]:
+    """The names in one order and the other: at least and at most so many `rounds`, for about so many seconds in between."""
+    names, start, (least, most) = list(names), time.perf_counter(), rounds
+    for i in range(most):
+        if i >= least and time.perf_counter() - start > seconds:
+            return
+        yield from names if i % 2 else reversed(names)
 
 
 def interleave(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, Times]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import BenchError
+from .measure import in_turns
 
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2**-8}  # of the error that is allowed
 NEAR = 2**-22  # what rounding to float32 does to an input, or to what is made of it by a few operations
@@ -160,12 +161,8 @@ def medians(
     for call in list(calls.values()) * WARM:
         one(call, before)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    start, (least, most) = time.perf_counter(), ROUNDS
-    for i in range(most):
-        if i >= least and time.perf_counter() - start > seconds:
-            break
-        for name in list(calls) if i % 2 else reversed(calls):
-            samples[name].append(one(calls[name], before))
+    for name in in_turns(calls, ROUNDS, seconds):
+        samples[name].append(one(calls[name], before))
     return {name: statistics.median(s) for name, s in samples.items()}
 
 

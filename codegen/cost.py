@@ -21,7 +21,7 @@ from fxfunc.passes.graph import Graph, Val, getitem, map_, scan, vals_of
 from fxfunc.passes.orient import reads_windows
 
 from .cxx import VECTORS
-from .loops import Apply, Const, Instr, Iota, Kernel
+from .loops import Apply, Arg, Const, Instr, Iota, Kernel
 from .lower import base, is_free
 from .rows import PRODUCTS
 from .triton import tile_of
@@ -110,7 +110,7 @@ def forced(**choices: str) -> Iterator[Limits]:
 # ---- how much there is to do ----
 
 
-def bytes_of(val: Val) -> int:
+def bytes_of(val: Val | Arg) -> int:
     """What a dense value takes."""
     return numel(val.shape) * val.dtype.itemsize
 

@@ -13,7 +13,7 @@ from fxfunc.passes.graph import Graph, getitem, map_, scan
 from fxfunc.passes.printer import op_name
 
 from .loops import kernel
-from .lower import is_free, is_fusable, moves_values
+from .lower import is_free, is_fusable, may_be_taken, moves_values
 from .rows import PRODUCTS
 
 
@@ -64,7 +64,7 @@ def _why_aten(n: Node) -> str:
     """Why a call is in no kernel."""
     if said := n.meta.get("why"):
         return said
-    return "alone" if is_fusable(n) or n.target in PRODUCTS or moves_values(n) else kind(n)
+    return "alone" if is_fusable(n) or may_be_taken(n) else kind(n)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -22,8 +22,8 @@ from fxfunc.passes.record import Builder, Value
 from .explain import Row, kind, row
 from .index import NotFusable
 from .loops import Kernel, kernel, neutral
-from .lower import base, chunked, is_free, is_fusable, lower, moves_values, opmath, reduced_dims
-from .rows import PRODUCTS, TWO_PHASE
+from .lower import base, chunked, is_free, is_fusable, lower, may_be_taken, opmath, reduced_dims
+from .rows import TWO_PHASE
 
 aten = torch.ops.aten
 
@@ -40,12 +40,18 @@ def _kernel_vals(k: Kernel, *operands: Val) -> Val | tuple[Val, ...]:
 OWN[kernel] = _kernel_vals
 
 
-def fuse(graph: Graph, alone: bool = False, takes: Callable[[Node], bool] = lambda n: False) -> Graph:
+def fuse(
+    graph: Graph,
+    alone: bool = False,
+    takes: Callable[[Node], bool] = lambda n: False,
+    complete: bool = False,
+) -> Graph:
     """The same program with groups of pointwise and reducing calls as `kernel` nodes; equal kernels are one object.
 
-    A group of one call stays that call, unless `alone`. Products of matrices and moves that it `takes` are in groups too."""
+    A group of one call stays that call, unless `alone`, or `complete` where nothing but such calls is left: a program of kernels
+    can be a CUDA graph. Products of matrices and moves that it `takes` are in groups too."""
     graph = split_large(graph)
-    return _Fused(_Groups(graph, alone, takes)).graph()
+    return _Fused(_Groups(graph, alone, takes, complete)).graph()
 
 
 # ---- two-phase reductions ----
@@ -138,7 +144,7 @@ def _call(b: Builder, op: object, args: tuple, kwargs: dict, val: Val) -> Value:
 class _Groups:
     """The real calls of a graph (not views, not constants), partitioned; starts with groups of one and merges greedily."""
 
-    def __init__(self, graph: Graph, alone: bool = False, takes: Callable[[Node], bool] = lambda n: False):
+    def __init__(self, graph: Graph, alone: bool, takes: Callable[[Node], bool], complete: bool):
         self.graph = graph
         self.real = [n for n in (*graph.inputs, *graph.nodes) if n.op == "placeholder" or not is_free(n)]
         self.order = {n: i for i, n in enumerate(self.real)}
@@ -152,14 +158,14 @@ class _Groups:
         self.fusable = {
             n
             for n in self.real
-            if n.op == "call_function" and (is_fusable(n) or (_may_be_taken(n) and takes(n)))
+            if n.op == "call_function" and (is_fusable(n) or (may_be_taken(n) and takes(n)))
         }
         self.cuts: dict[tuple[Node, Node], str] = {}  # why a call is not in the kernel of one that it reads
         self.lowered: dict[Node, tuple[Kernel, tuple[Node, ...], list[Node]]] = {}
         for n in self.real:
             if n in self.fusable:
                 self._grow(n)
-        self._lower_rest(alone)
+        self._lower_rest(alone or (complete and self._could_be_complete()))
 
     def _grow(self, n: Node) -> None:
         for d in sorted(self.deps[n], key=self.order.__getitem__, reverse=True):
@@ -216,6 +222,11 @@ class _Groups:
                 todo += [u for m in whole for u in self.users[m] if u not in seen]
         return False
 
+    def _could_be_complete(self) -> bool:
+        """True if all calls that are in no group could be kernels alone."""
+        rest = [n for n in self.real if n.op == "call_function" and len(self.group[n]) == 1]
+        return all(n.target in (kernel, getitem) or (is_fusable(n) and _lowers(n)) for n in rest)
+
     def _lower_rest(self, alone: bool) -> None:
         """Groups of one stay ATen, but for those that read a chunked view, or all are to be kernels."""
         for n in self.fusable:
@@ -228,10 +239,6 @@ class _Groups:
         """What each group that became a kernel lowers to."""
         groups = dict.fromkeys(self.group.values())
         return {g: self.lowered[g[0]] for g in groups if len(g) > 1 or g[0] in self.lowered}
-
-
-def _may_be_taken(n: Node) -> bool:
-    return n.target in PRODUCTS or moves_values(n)
 
 
 def _deps(n: Node, order: dict[Node, int]) -> list[Node]:

@@ -60,17 +60,24 @@ OWN[chunked] = _chunked_val
 
 def is_fusable(node: Node) -> bool:
     """True for a pointwise or reducing call on dtypes and devices that a kernel takes."""
-    row = POINTWISE.get(node.target) or REDUCING.get(node.target)
-    vals = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
-    return (row is not None and all(isinstance(v, Val) and v.dtype in DTYPES for v in vals) and len({v.device for v in vals}) == 1
-            and (node.target in POINTWISE or reduced_dims(node) != ()))  # fmt: skip
+    known = node.target in POINTWISE or node.target in REDUCING
+    return known and _has_values(node) and (node.target in POINTWISE or reduced_dims(node) != ())
 
 
 def moves_values(node: Node) -> bool:
     """True for a call that only moves values, on dtypes and devices that a kernel takes."""
+    return node.target in READS and _has_values(node)
+
+
+def may_be_taken(node: Node) -> bool:
+    """True for products of matrices and moves, which are in kernels where that is worth it."""
+    return node.target in PRODUCTS or moves_values(node)
+
+
+def _has_values(node: Node) -> bool:
+    """True if dtypes and devices are those that a kernel takes."""
     vals = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
-    return (node.target in READS and all(isinstance(v, Val) and v.dtype in DTYPES for v in vals)
-            and len({v.device for v in vals}) == 1)  # fmt: skip
+    return all(isinstance(v, Val) and v.dtype in DTYPES for v in vals) and len({v.device for v in vals}) == 1
 
 
 def is_free(node: Node) -> bool:
@@ -249,8 +256,10 @@ class _Lowering:
         if node.target in PRODUCTS:
             return self._product(node, m, guard)
         if node.target in READS:
-            with self._named(node) as done:
-                return done(READS[node.target](self, node, m, guard, *node.args, **node.kwargs))
+            with self._line_of(node):
+                out = READS[node.target](self, node, m, guard, *node.args, **node.kwargs)
+            self.body.name(out, node.name)
+            return out
         row = POINTWISE.get(node.target) or REDUCING[node.target]
         compute = self._compute_dtype(row, node)
         args = (
@@ -259,21 +268,17 @@ class _Lowering:
             else self._operands(node, m, guard, row, compute)
         )
         kwargs, before = {} if node.target in REDUCING else node.kwargs, len(self.body.instrs)
-        with self._named(node) as done:
-            out = done(row.f(*args, **kwargs).cast(node.meta["val"].dtype))
+        with self._line_of(node):
+            out = row.f(*args, **kwargs).cast(node.meta["val"].dtype)
         self._refuse_repeated(node, m, self.body.instrs[before:])
+        self.body.name(out, node.name)
         return out
 
     @contextlib.contextmanager
-    def _named(self, node: Node) -> Iterator[Callable[[Expr], Expr]]:
-        """What is emitted has the node's line; the function given names its result."""
-
-        def done(x: Expr) -> Expr:
-            self.body.name(x, node.name)
-            return x
-
+    def _line_of(self, node: Node) -> Iterator[None]:
+        """What is emitted is of the node's line."""
         outer, self.body.source = self.body.source, node.meta.get("source") or ""
-        yield done
+        yield
         self.body.source = outer
 
     def _product(self, node: Node, m: Map, guard: Expr | None) -> Expr:
@@ -286,7 +291,7 @@ class _Lowering:
         a, b = self.value(x, (*batch, row, terms)), self.value(y, (*batch, terms, column))
         dtype = node.meta["val"].dtype
         wide = opmath(dtype)
-        with self._named(node) as done:
+        with self._line_of(node):
             if n == 1:
                 out = a.cast(wide) * b.cast(wide)
             elif 1 in node.meta["val"].shape[-2:]:
@@ -294,7 +299,9 @@ class _Lowering:
             else:
                 turned = any(c != 0 and self.root[-2].coefs[i] != 0 for i, c in enumerate(row.coefs))
                 out = b.dot(a, wide) if turned else a.dot(b, wide)  # rows are those of the root
-            return done(out.cast(dtype))
+            out = out.cast(dtype)
+        self.body.name(out, node.name)
+        return out
 
     def _compute_dtype(self, row: Row, node: Node) -> torch.dtype | None:
         dtype = node.meta["val"].dtype
@@ -477,9 +484,9 @@ class _Maps:
                 self._set(x, broadcast_map(self.space, m, node.meta["val"], x.meta["val"]))
         elif node in self.low.members:
             return
-        elif (
-            node.target in VIEWS and node.target is not aten.unfold.default
-        ):  # whose windows overlap, or leave some out
+        elif node.target is aten.unfold.default:
+            return  # windows overlap, or leave some out
+        elif node.target in VIEWS:
             try:
                 self._set(node.args[0], pull(self.space, node, m))
             except NotFusable:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxfunc.passes import errors
 from fxfunc.passes.dump import saw
-from fxfunc.passes.graph import Graph, Op, getitem, map_, subgraphs
+from fxfunc.passes.graph import Graph, Op, map_, subgraphs
 from fxfunc.passes.pipeline import inside, lowered, simplify
 from fxfunc.passes.record import Builder
 
@@ -24,10 +24,7 @@ from .cubin import resources
 from .expand import expand
 from .fuse import fuse, kernel_nodes, kernels_of
 from .grid import with_tasks
-from .index import NotFusable
 from .launch import Binary, parameter_types
-from .loops import kernel
-from .lower import base, is_constant, is_free, is_fusable
 from .mapped import AnyKernel, Tasks
 from .rows import PRODUCTS
 from .together import together
@@ -153,25 +150,13 @@ def fused(graph: Graph, precision: str, refused: Mapping[str, str], notes: list[
         return n.meta["why"] is None
 
     flat = inside(lambda g: expand(g, gpu=True), lowered(saw("tasks", maps)))
-    out = _named(_each(lambda g: together(_grouped(g, takes)), saw("expand", simplify(flat))))
+    out = _named(
+        _each(lambda g: together(fuse(g, takes=takes, complete=True)), saw("expand", simplify(flat)))
+    )
     for n in kernel_nodes(out):
         if isinstance(n.args[0], Tasks):
             n.meta["members"] = tiles.source(n.args[0], precision).rows
     return out
-
-
-def _grouped(graph: Graph, takes: Callable[[Node], bool]) -> Graph:
-    """The graph with its groups as kernels; calls that are alone too, if then nothing is ATen's: it can be a CUDA graph."""
-    done = fuse(graph, takes=takes)
-    rest = [n for n in done.nodes if not (n.target is kernel or n.target is getitem or is_free(n))]
-    if not (
-        rest and all(is_fusable(n) and not all(map(is_constant, map(base, n.all_input_nodes))) for n in rest)
-    ):
-        return done
-    try:
-        return fuse(graph, alone=True, takes=takes)
-    except NotFusable:
-        return done
 
 
 def _each(step: Callable[[Graph], Graph], graph: Graph, skip: tuple[Op, ...] = ()) -> Graph:

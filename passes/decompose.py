@@ -71,11 +71,10 @@ def _taken_apart(op, args, kwargs) -> Graph | None:
 
 
 def _if_it_can(op, function, args, kwargs) -> Graph | None:
+    # A formula cannot be taken that writes, reads a tensor of its own, or refuses what the op takes, as a number beside a tensor.
     try:
         return function and _recorded(op, function, args, kwargs)
-    except (
-        RuntimeError
-    ):  # it writes or reads a tensor of its own, or refuses what the op takes, as a number beside a tensor
+    except RuntimeError:
         return None
 
 

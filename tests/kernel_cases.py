@@ -74,8 +74,16 @@ def _tensor(spec: In, shape: list[int], gen: torch.Generator) -> Tensor:
     return torch.where(x == 0, 3, x).to(spec.dtype)
 
 
+def evaluated(k: Kernel | Together, operands: Sequence[Tensor], sizes: dict) -> tuple[Tensor, ...]:
+    """The outputs of a kernel, of several each on its own operands."""
+    if isinstance(k, Kernel):
+        return evaluate(k, operands, sizes)
+    given = iter(operands)
+    return tuple(y for p in k.parts for y in evaluate(p, [next(given) for _ in p.inputs], sizes))
+
+
 def run(
-    graph: Graph, inputs: Sequence[Tensor], sizes: dict, on_kernel: Callable | None = None
+    graph: Graph, inputs: Sequence[Tensor], sizes: dict, on_kernel: Callable = evaluated
 ) -> list[Tensor | None]:
     """The outputs of a graph, node by node in torch; kernels by `on_kernel(kernel, operands, sizes)`."""
     env = dict(zip(graph.inputs, inputs, strict=True))
@@ -88,20 +96,12 @@ def run(
     for n in graph.nodes:
         if n.target is kernel:
             k, operands = n.args[0], value(n.args[1:])
-            out = (on_kernel or evaluated)(k, operands, sizes)
+            out = on_kernel(k, operands, sizes)
             env[n] = out if isinstance(n.meta["val"], tuple) else out[0]
         else:
             call = (lambda literal: literal.tensor) if n.target is constant else n.target
             env[n] = call(*value(n.args), **{k: value(v) for k, v in n.kwargs.items()})
     return [None if n is None else env[n] for n in graph.outputs]
-
-
-def evaluated(k: Kernel | Together, operands: Sequence[Tensor], sizes: dict) -> tuple[Tensor, ...]:
-    """The outputs of a kernel, of several each on its own operands."""
-    if isinstance(k, Kernel):
-        return evaluate(k, operands, sizes)
-    given = iter(operands)
-    return tuple(y for p in k.parts for y in evaluate(p, [next(given) for _ in p.inputs], sizes))
 
 
 def assert_equal(found: Sequence[Tensor], wanted: Sequence[Tensor], scale: float = 1.0) -> None:
